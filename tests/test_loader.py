@@ -1,0 +1,176 @@
+"""The batches of a run: functions of the step alone, whoever makes them."""
+
+import numpy as np
+import pytest
+import torch
+
+from normatch.augment import POLICIES, View, draw_parameters, strong_views, weak_views
+from normatch.data import LABELED, Dataset, load_dataset, split_labels
+from normatch.errors import UserError
+from normatch.loader import StepViews, make_loader
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(100) % 10
+    labels[95:] = -1
+    return Dataset(
+        "noise",
+        images,
+        labels,
+        images[:10],
+        labels[:10],
+        list("abcdefghij"),
+        (0.5,) * 3,
+        (0.25,) * 3,
+        flip=True,
+    )
+
+
+def views(dataset, num_labels=20, num_val=0, policy="kekmodel", seed=0, batch_size=8, uratio=3):
+    split = split_labels(dataset.train_labels, num_labels, 10, seed=0, num_val=num_val)
+    return StepViews(dataset, split, policy, seed, batch_size, uratio)
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for key in want:
+        assert torch.equal(got[key], want[key]), key
+
+
+def test_shapes_and_types(dataset):
+    batch = views(dataset)[5]
+    assert set(batch) == {"x", "y", "u_weak", "u_strong", "u_y", "u_index"}
+    assert batch["x"].shape == (8, 32, 32, 3) and batch["u_weak"].shape == batch["u_strong"].shape == (
+        24,
+        32,
+        32,
+        3,
+    )
+    assert all(batch[key].dtype == torch.uint8 for key in ("x", "u_weak", "u_strong"))
+    assert batch["y"].shape == (8,) and batch["u_y"].shape == batch["u_index"].shape == (24,)
+    assert all(batch[key].dtype == torch.int64 for key in ("y", "u_y", "u_index"))
+    assert set(views(dataset, uratio=0)[5]) == {"x", "y"}
+
+
+def test_labels_belong_to_their_images(dataset):
+    steps = views(dataset)
+    assert (
+        np.bincount(torch.cat([steps[s]["y"] for s in range(5)])).tolist() == [4] * 10
+    )  # two passes of 20 labels
+    for s in range(4):
+        assert torch.equal(steps[s]["u_y"], torch.from_numpy(dataset.train_labels)[steps[s]["u_index"]])
+    assert any((steps[s]["u_y"] == -1).any() for s in range(5))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_workers_make_no_difference(dataset, workers, policy):
+    steps = views(dataset, policy=policy)
+    batches = list(make_loader(steps, 3, 9, num_workers=workers))
+    assert len(batches) == 6
+    for step, batch in zip(range(3, 9), batches, strict=True):
+        assert_same(batch, steps[step])
+
+
+def test_starting_late_gives_the_batches_of_running_through(dataset):
+    through = list(make_loader(views(dataset), 0, 12))
+    resumed = list(make_loader(views(dataset), 7, 12))
+    for got, want in zip(resumed, through[7:], strict=True):
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("uratio", [1, 3, 7])
+def test_every_image_comes_equally_often(dataset, uratio):
+    steps = views(dataset, batch_size=10, uratio=uratio)
+    batches = [steps[s] for s in range(10)]
+    assert (torch.cat([b["u_index"] for b in batches]).bincount(minlength=100) == uratio).all()
+    # 100 labelled draws are five passes of 20 images.
+    drawn = np.concatenate([steps.draw(LABELED, s)[0] for s in range(10)])
+    assert (np.bincount(drawn, minlength=100)[steps.split.labeled] == 5).all()
+    # One image a class: the labels tell that these are the images shown.
+    steps = views(dataset, num_labels=10, batch_size=8, uratio=0)
+    assert torch.cat([steps[s]["y"] for s in range(5)]).bincount().tolist() == [4] * 10
+
+
+def test_views_differ_between_seeds_steps_kinds_and_repetitions(dataset):
+    steps = views(dataset, num_labels=10, batch_size=30)
+    batch = steps[0]
+    assert not torch.equal(batch["x"], views(dataset, num_labels=10, batch_size=30, seed=1)[0]["x"])
+    assert not torch.equal(batch["x"], steps[1]["x"])
+    assert not torch.equal(batch["u_weak"], batch["u_strong"])
+    # Ten labelled images, thirty views: each image three times in one step, and hardly ever the same view.
+    assert batch["y"].bincount().tolist() == [3] * 10
+    assert len(batch["x"].flatten(1).unique(dim=0)) >= 25
+
+
+def test_a_view_depends_on_its_image_and_visit_alone(dataset):
+    """Batches of another size cut the same row of views elsewhere: same images, same views."""
+
+    def row(batch_size, uratio, key):
+        steps = views(dataset, batch_size=batch_size, uratio=uratio)
+        return torch.cat([steps[s][key] for s in range(120 // (batch_size * uratio))])
+
+    for key in ("u_index", "u_weak", "u_strong"):
+        assert torch.equal(row(8, 3, key), row(10, 4, key)), key
+
+
+def test_views_are_those_of_the_stated_counter(dataset):
+    steps, policy = views(dataset, seed=3), POLICIES["kekmodel"]
+    batch = steps[6]  # labelled: positions 48..55 of passes of 20; unlabelled: 144..167 of passes of 100
+    kinds = {
+        "x": (View.LABELED_WEAK, steps.draw(LABELED, 6)[0], 2),
+        "u_weak": (View.UNLABELED_WEAK, batch["u_index"].numpy(), 1),
+        "u_strong": (View.UNLABELED_STRONG, batch["u_index"].numpy(), 1),
+    }
+    for key, (view, index, visit) in kinds.items():
+        p = draw_parameters(policy, 3, visit, index, view, 32, 32, strong=key == "u_strong")
+        images = dataset.train_images[index]
+        want = strong_views(images, p, policy) if key == "u_strong" else weak_views(images, p, "reflect")
+        assert np.array_equal(batch[key], want), key
+
+
+def test_validation_images_are_never_shown(dataset):
+    steps = views(dataset, num_val=20)
+    shown = torch.cat([steps[s]["u_index"] for s in range(10)])
+    assert not np.isin(steps.split.validation, shown).any() and len(shown.unique()) == 80
+
+
+def test_digits_are_never_mirrored():
+    digits = load_dataset("digits")
+    split = split_labels(digits.train_labels, 1240, 10, seed=0)
+    steps = StepViews(digits, split, "kekmodel", 0, 64, 7)
+    batch = steps[0]
+    # An unmirrored weak view keeps the image's inside; a shift by at most four pixels finds it again.
+    for view, index in zip(batch["u_weak"].numpy(), batch["u_index"].tolist(), strict=True):
+        inside = digits.train_images[index][4:-4, 4:-4]
+        assert any(np.array_equal(view[i : i + 24, j : j + 24], inside) for i in range(9) for j in range(9))
+
+
+def test_a_batch_larger_than_the_labelled_set_is_fine(dataset):
+    assert views(dataset, num_labels=10, batch_size=64, uratio=1)[100]["x"].shape == (64, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"batch_size": 101, "uratio": 0},
+            "batch_size 101 is larger than noise with its 100 training images",
+        ),
+        (
+            {"batch_size": 51, "uratio": 2},
+            "uratio 2 x batch_size 51 is 102 .* pool of 100 .*: take a smaller",
+        ),
+        ({"batch_size": 45, "uratio": 2, "num_val": 20}, "more than the pool of 80 unlabelled"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"uratio": -1}, "uratio -1"),
+        ({"policy": "kekmodle"}, "unknown policy 'kekmodle': did you mean 'kekmodel'"),
+    ],
+)
+def test_impossible_settings_are_one_line(dataset, settings, message):
+    with pytest.raises(UserError, match=message) as raised:
+        views(dataset, **settings)
+    assert "\n" not in str(raised.value)
