@@ -1,0 +1,224 @@
+"""The settings of a run: their names, types and defaults, the presets, and how they are put together."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def key(default, text):
+    return Field(default, description=text)
+
+
+class Config(BaseModel):
+    """Every setting of a training run. Steps are optimiser steps; batch sizes are in images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    method: Literal["normatch", "fixmatch", "supervised"] = key("normatch", "what is trained")
+    dataset: str = key("digits", "digits, cifar10, cifar100")
+    data_dir: str | None = key(None, "folder that holds the data set")
+    download: bool = key(False, "let torchvision download the data set into data_dir")
+    num_labels: Positive = key(40, "labelled images, the same number of every class")
+    num_val: NonNegative = key(
+        0,
+        "training images held out to choose the best checkpoint; 0: the papers' protocol, test accuracy at every evaluation",
+    )
+    seed: NonNegative = key(0, "seeds the labelled split, the data order, the augmentation and the weights")
+
+    backbone: str = key("wrn-28-2", "wrn-DEPTH-WIDEN, resnet18, resnet50, torchvision:NAME, timm:NAME")
+    bn_momentum: Share | None = key(
+        None, "BatchNorm momentum, the weight of the new batch; none: the backbone's own"
+    )
+
+    steps: Positive = key(2**20, "optimiser steps")
+    batch_size: Positive = key(64, "labelled images a step")
+    uratio: Positive = key(7, "unlabelled images a step, as a multiple of batch_size (mu)")
+    lr: Weight = key(0.03, "learning rate of SGD with Nesterov momentum 0.9")
+    weight_decay: Weight = key(5e-4, "weight decay of both optimisers")
+    warmup: NonNegative = key(0, "steps of linear learning-rate warm-up")
+    ema_decay: Share = key(0.999, "decay of the averaged weights that are evaluated")
+
+    lambda_u: Weight = key(1.0, "weight of the unlabelled loss")
+    T: Annotated[float, Field(gt=0)] = key(1.0, "temperature of the pseudo-labels")
+    p_cutoff: Share = key(0.95, "confidence threshold of FixMatch; for NorMatch only reported")
+    hard_label: bool | None = key(None, "one-hot pseudo-labels; none: yes for fixmatch, no for normatch")
+
+    dist_align: bool = key(True, "normatch: align the pseudo-labels with the uniform class distribution")
+    da_window: Positive = key(32, "normatch: batches in the alignment window")
+    lambda_flow: Weight = key(1.0, "normatch: weight of the flow's cross-entropy on labelled images")
+    lambda_flow_unsup: Weight = key(1e-6, "normatch: weight of the flow's negative log-likelihood, nats")
+    warmup_flow: NonNegative = key(5120, "normatch: steps over which the flow losses rise to their weight")
+    third_voter: Literal["none", "flow", "sampled"] = key(
+        "none", "normatch: also let a second flow, or a sampled linear classifier, vote"
+    )
+    couplings: Positive = key(6, "normatch: couplings of the flow head")
+    hidden: Positive = key(32, "normatch: width of the couplings' networks")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.5, "normatch: dropout in the couplings' networks")
+    trainable_prior: bool = key(True, "normatch: train the means, widths and shares of the mixture")
+    flow_lr: Weight = key(1e-3, "normatch: learning rate of AdamW on the flow")
+    clip: Weight = key(50.0, "normatch: largest gradient norm of the flow; 0: no clipping")
+
+    augment: Literal["kekmodel", "leedoyup"] = key("kekmodel", "weak and strong augmentation policy")
+    augment_backend: Literal["auto", "pil"] = key("auto", "what computes the views")
+    num_workers: NonNegative = key(2, "processes that compute views; 0: the training process itself")
+
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 autocast on CUDA, fp32 on the CPU")
+    channels_last: bool = key(True, "memory format of images and weights")
+    compile: bool = key(False, "torch.compile the forward pass and the loss")
+    compat: Literal["none", "reference"] = key(
+        "none", "reference: do what the published code does where it differs"
+    )
+
+    eval_every: Positive = key(1024, "steps between evaluations, each of which writes a checkpoint")
+    log_every: Positive = key(50, "steps between lines of metrics.jsonl")
+    out: str | None = key(None, "the run folder; none: runs/PRESET-METHOD-LABELS-SEED")
+    resume: str | None = key(
+        None, "auto: go on from the run folder's last checkpoint, if there is one; or a run or checkpoint"
+    )
+    overwrite: bool = key(False, "delete an existing run folder first")
+    progress: bool = key(True, "show a progress bar")
+
+    def with_method_defaults(self) -> "Config":
+        """This configuration with the settings filled in whose default depends on the method."""
+        hard = self.method == "fixmatch" if self.hard_label is None else self.hard_label
+        return self.model_copy(update={"hard_label": hard})
+
+
+# The published recipes (spec: SGD 0.03, 64 + 7 x 64 images, 2^20 steps, cosine 7/16, EMA 0.999 are the defaults above).
+_CIFAR10 = {"dataset": "cifar10"}
+_CIFAR100 = {"dataset": "cifar100", "backbone": "wrn-28-8", "weight_decay": 1e-3}
+_MINI = {"dataset": "miniimagenet", "backbone": "resnet18", "da_window": 256}
+_SVHN = {"dataset": "svhn", "lambda_flow_unsup": 0.0}
+
+PRESETS = {
+    "digits": {
+        "dataset": "digits",
+        "num_labels": 40,
+        "backbone": "wrn-10-1",
+        "bn_momentum": 0.01,
+        "steps": 1600,
+        "batch_size": 16,
+        "uratio": 4,
+        "ema_decay": 0.995,
+        "warmup_flow": 400,
+        "eval_every": 200,
+        "log_every": 20,
+    },
+    "cifar10-40": {**_CIFAR10, "num_labels": 40},
+    "cifar10-250": {**_CIFAR10, "num_labels": 250},
+    "cifar10-4000": {**_CIFAR10, "num_labels": 4000},
+    "cifar10-4000-two-flows": {**_CIFAR10, "num_labels": 4000, "third_voter": "flow", "hard_label": True},
+    "cifar100-400": {**_CIFAR100, "num_labels": 400},
+    "cifar100-2500": {**_CIFAR100, "num_labels": 2500},
+    "cifar100-10000": {**_CIFAR100, "num_labels": 10000},
+    "stl10-1000": {"dataset": "stl10", "num_labels": 1000, "backbone": "resnet18", "hard_label": True},
+    "miniimagenet-1000": {**_MINI, "num_labels": 1000},
+    "miniimagenet-10000": {**_MINI, "num_labels": 10000},
+    "svhn-40": {**_SVHN, "num_labels": 40},
+    "svhn-1000": {**_SVHN, "num_labels": 1000},
+    "imagenet-13000": {"dataset": "imagenet", "num_labels": 13000},
+}
+
+# Published flag -> ours. A pair also fixes the value: the flag stands for `key value`.
+ALIASES = {
+    "num_labeled": "num_labels",
+    "total_steps": "steps",
+    "num_train_iter": "steps",
+    "eval_step": "eval_every",
+    "num_eval_iter": "eval_every",
+    "mu": "uratio",
+    "learning_rate": "lr",
+    "wdecay": "weight_decay",
+    "ema_m": "ema_decay",
+    "ulb_loss_ratio": "lambda_u",
+    "threshold": "p_cutoff",
+    "da_cache": "da_window",
+    "arch": "backbone",
+    "net": "backbone",
+    "flow_dist_trainable": "trainable_prior",
+    "no_onehot": ("hard_label", "false"),
+    "no_grad_clip": ("clip", "0"),
+    "no_progress": ("progress", "false"),
+    "use_two_flows": ("third_voter", "flow"),
+    "amp": ("precision", "bf16"),
+}
+
+
+def canonical(name: str) -> str | tuple[str, str]:
+    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), or (key, value) for a flag that implies one."""
+    name = name.replace("-", "_")
+    if name in Config.model_fields:
+        return name
+    if name in ALIASES:
+        return ALIASES[name]
+    raise UserError(f"unknown key {name!r}{nearest(name, [*Config.model_fields, *ALIASES])}")
+
+
+def nearest(name: str, known) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def make_config(preset: str | None = None, file: str | Path | None = None, **keys) -> Config:
+    """The preset, under the file, under the keys: what comes later wins. Returns the checked configuration.
+
+    Without a preset, the first one of the data set that file or keys name; without that either, `digits`.
+    Raises `UserError` for unknown presets and keys (with the nearest known one) and for values of the wrong type.
+    """
+    given = {**(read_config(file) if file else {}), **_canonical_keys(keys)}
+    if preset is None:
+        dataset = given.get("dataset", "digits")
+        preset = next((name for name, values in PRESETS.items() if values["dataset"] == dataset), "digits")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}")
+    try:
+        config = Config(**{**PRESETS[preset], **given})
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    if config.out is None:
+        name = preset if preset.endswith(f"-{config.num_labels}") else f"{preset}-{config.num_labels}"
+        config = config.model_copy(update={"out": f"runs/{name}-{config.method}-seed{config.seed}"})
+    return config.with_method_defaults()
+
+
+def read_config(path: str | Path) -> dict:
+    """A YAML file of flat `key: value` lines -> its keys under our names."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return _canonical_keys(content)
+
+
+def _canonical_keys(keys: dict) -> dict:
+    result = {}
+    for name, value in keys.items():
+        name = canonical(str(name))
+        if isinstance(name, tuple):  # a published on/off flag
+            if str(value).lower() in ("false", "0", "no", "off"):
+                continue
+            name, value = name
+        result[name] = value
+    return result
+
+
+def _explain(problem: dict) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

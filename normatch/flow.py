@@ -1,0 +1,198 @@
+"""The flow classifier: features (N, D) -> latent z (N, D), log-determinant (N,), class log-densities (N, K)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import ops
+
+
+class FlowOutput(NamedTuple):
+    """What a flow head says of features (N, D); all in nats, in the dtype of the head's parameters."""
+
+    z: torch.Tensor  # (N, D) latent
+    logdet: torch.Tensor  # (N,) log |det dz/dx|, summed over all couplings
+    class_log_prob: torch.Tensor  # (N, K) log pi_k + log N(z; mu_k, sigma_k^2 I)
+    log_prob: torch.Tensor  # (N,) logsumexp_k of the above + logdet
+
+
+class Coupling(nn.Module):
+    """x: (N, D) -> z (N, D), logdet (N,): one affine coupling with its scale-and-translate network.
+
+    The first half [0, D // 2) is kept and the rest changed, or with `swap` the reverse:
+    z = (x + t) * exp(gain * tanh(s)) on the changed half, s and t from the kept half. (Dinh, Sohl-Dickstein & Bengio
+    2017, eq. 7-8, with the translation before the scale as in NorMatch.) Only the live halves of the network's
+    first and last layers exist here: the published full-width matrices multiply zeros.
+    """
+
+    def __init__(self, features: int, hidden: int, dropout: float, swap: bool):
+        super().__init__()
+        kept = features // 2
+        if swap:
+            kept = features - kept
+        changed = features - kept
+        self.kept, self.changed, self.swap = kept, changed, swap
+        self.net = nn.Sequential(
+            nn.Linear(kept, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 2 * changed),
+        )
+        self.gain = nn.Parameter(torch.ones(changed))
+        bound = 1 / math.sqrt(features)  # as drawn for the published layer, whose inputs are all D features
+        nn.init.uniform_(self.net[0].weight, -bound, bound)
+        nn.init.uniform_(self.net[0].bias, -bound, bound)
+
+    def forward(self, x):
+        kept, changed = self.split(x)
+        s, t = self.net(kept).chunk(2, dim=1)
+        changed, logdet = ops.affine_coupling(changed, s, t, self.gain)
+        return self.join(kept, changed), logdet
+
+    def inverse(self, z):
+        kept, changed = self.split(z)
+        s, t = self.net(kept).chunk(2, dim=1)
+        return self.join(kept, ops.affine_coupling_inverse(changed, s, t, self.gain))
+
+    def split(self, x):
+        if self.swap:
+            changed, kept = x.split((self.changed, self.kept), dim=1)
+        else:
+            kept, changed = x.split((self.kept, self.changed), dim=1)
+        return kept, changed
+
+    def join(self, kept, changed):
+        return torch.cat((changed, kept) if self.swap else (kept, changed), dim=1)
+
+
+class FlowHead(nn.Module):
+    """x: (N, D) fp32/bf16/fp16 -> FlowOutput(z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,)).
+
+    NorMatch's flow classifier (Deng et al. 2024): `couplings` affine couplings on alternating halves, then a mixture
+    of K isotropic Gaussians with means (K, D), sigma_k = softplus(rho_k) and pi = softmax(mixture_logits), one
+    component a class. The class posterior is `class_log_prob.softmax(1)`; `log_prob` is the density of x itself,
+    without any dequantisation constant.
+
+    The arithmetic is done in the dtype of the parameters, autocast or not: log-likelihoods of several hundred nats
+    differ by a few, which bf16 cannot hold.
+
+    features: D, at least 2.   classes: K.   couplings: number of couplings.   hidden: width of their networks.
+    dropout: in each network after its first layer, in training mode.
+    trainable_prior: whether means, rho and mixture_logits receive gradients.
+    compat: "reference" adds 1e-6 to pi inside the logarithm, as the published code does.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        couplings: int = 6,
+        hidden: int = 32,
+        dropout: float = 0.5,
+        trainable_prior: bool = True,
+        compat: str = "none",
+    ):
+        super().__init__()
+        if features < 2:
+            raise ValueError(f"features must be at least 2, one for each half, not {features}")
+        if classes < 1 or couplings < 1 or hidden < 1:
+            raise ValueError("classes, couplings and hidden must be at least 1")
+        if compat not in ("none", "reference"):
+            raise ValueError(f"compat must be 'none' or 'reference', not {compat!r}")
+        self.features, self.classes = features, classes
+        self.eps = 1e-6 if compat == "reference" else 0.0
+        self.couplings = nn.ModuleList(
+            Coupling(features, hidden, dropout, swap=j % 2 == 1) for j in range(couplings)
+        )
+        self.means = nn.Parameter(torch.randn(classes, features), requires_grad=trainable_prior)
+        # softplus(rho) = 1
+        self.rho = nn.Parameter(torch.full((classes,), math.log(math.e - 1)), requires_grad=trainable_prior)
+        self.mixture_logits = nn.Parameter(torch.ones(classes), requires_grad=trainable_prior)
+
+    def forward(self, x: torch.Tensor) -> FlowOutput:
+        self._check(x, "x")
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.to(self.means.dtype)
+            logdet = z.new_zeros(len(z))
+            for coupling in self.couplings:
+                z, coupling_logdet = coupling(z)
+                logdet = logdet + coupling_logdet
+            class_log_prob = ops.gmm_log_prob(z, self.means, self.rho, self.mixture_logits, self.eps)
+            return FlowOutput(z, logdet, class_log_prob, class_log_prob.logsumexp(1) + logdet)
+
+    def inverse(self, z: torch.Tensor) -> torch.Tensor:
+        """z: (N, D) -> x (N, D) with `head(x).z == z`, in evaluation mode (dropout is not invertible)."""
+        self._check(z, "z")
+        with torch.autocast(z.device.type, enabled=False):
+            x = z.to(self.means.dtype)
+            for coupling in reversed(self.couplings):
+                x = coupling.inverse(x)
+            return x
+
+    @torch.no_grad()
+    def sample(self, n: int, label=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n features (n, D) drawn from the density, of class `label` (an int, or one a row (n,)) or of the mixture."""
+        device = self.means.device
+        if label is None:
+            label = torch.multinomial(
+                self.mixture_logits.softmax(0), n, replacement=True, generator=generator
+            )
+        label = torch.as_tensor(label, device=device).expand(n)
+        if n and not 0 <= int(label.min()) <= int(label.max()) < self.classes:
+            raise ValueError(f"label must lie in 0..{self.classes - 1}")
+        noise = torch.randn(n, self.features, generator=generator, device=device, dtype=self.means.dtype)
+        return self.inverse(self.means[label] + F.softplus(self.rho)[label, None] * noise)
+
+    def prior_parameters(self) -> list[nn.Parameter]:
+        """The mixture's means (K, D), rho (K,) and logits (K,)."""
+        return [self.means, self.rho, self.mixture_logits]
+
+    @classmethod
+    def from_reference(cls, state: dict, means, rho, weights) -> "FlowHead":
+        """The published flow's state dict, means (K, D), rho (K,) and mixture logits (K,) -> the same head here.
+
+        Names in `state` end in `body.J.st_net.{0,3,5}.{weight,bias}` and `body.J.rescale.weight_{g,v}`, J the
+        coupling, behind any prefix. The weight-normalised gain g v / |v| of one entry is g sign(v).
+        Raises KeyError where a tensor is missing.
+        """
+        tensors = {
+            "body." + name.rpartition("body.")[2]: torch.as_tensor(value) for name, value in state.items()
+        }
+        couplings = 1 + max((int(name.split(".")[1]) for name in tensors if ".st_net." in name), default=-1)
+        if not couplings:
+            raise KeyError(
+                "no body.0.st_net.0.weight in the state dict: not the flow of a NorMatch checkpoint"
+            )
+        hidden, features = tensors["body.0.st_net.0.weight"].shape
+        means = torch.as_tensor(means)
+        head = cls(features, len(means), couplings, hidden, compat="reference").to(means)
+        indices = torch.arange(features)
+        with torch.no_grad():
+            head.means.copy_(means)
+            head.rho.copy_(torch.as_tensor(rho))
+            head.mixture_logits.copy_(torch.as_tensor(weights))
+            for j, coupling in enumerate(head.couplings):
+                kept, changed = (half.flatten() for half in coupling.split(indices[None]))
+                rows = torch.cat((changed, features + changed))  # of s, then of t
+                first, middle, last = coupling.net[0], coupling.net[3], coupling.net[5]
+                first.weight.copy_(tensors[f"body.{j}.st_net.0.weight"][:, kept])
+                first.bias.copy_(tensors[f"body.{j}.st_net.0.bias"])
+                middle.weight.copy_(tensors[f"body.{j}.st_net.3.weight"])
+                middle.bias.copy_(tensors[f"body.{j}.st_net.3.bias"])
+                last.weight.copy_(tensors[f"body.{j}.st_net.5.weight"][rows])
+                last.bias.copy_(tensors[f"body.{j}.st_net.5.bias"][rows])
+                g, v = tensors[f"body.{j}.rescale.weight_g"], tensors[f"body.{j}.rescale.weight_v"]
+                coupling.gain.copy_((g * v.sign())[changed])
+        return head
+
+    def extra_repr(self):
+        return f"features={self.features}, classes={self.classes}"
+
+    def _check(self, x, name):
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"{name} must have shape (N, {self.features}), not {tuple(x.shape)}")

@@ -1,0 +1,167 @@
+"""The run folder: configuration, environment, split, metrics, checkpoints, summary; and how checkpoints are kept safe."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import yaml
+
+from . import __version__, ops
+from .config import Config
+from .errors import UserError
+
+# What may differ between a checkpoint and the run that goes on from it: nothing here changes the weights.
+FREE_KEYS = {
+    "data_dir", "download", "device", "num_workers", "augment_backend", "compile", "log_every", "eval_every", "out",
+    "resume", "overwrite", "progress",
+}  # fmt: skip
+
+
+class Run:
+    """One run folder. An existing one is refused, unless it is resumed or `overwrite` is set."""
+
+    def __init__(self, config: Config):
+        self.folder = Path(config.out)
+        self.tensorboard = None
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "checkpoints" / "best.pt"
+
+    def checkpoint_to_resume(self, config: Config) -> dict | None:
+        """The checkpoint that `config.resume` asks for, or None for a fresh start; refuses an existing folder."""
+        state = None
+        if config.resume == "auto":
+            state = load_checkpoint(self.last) if self.last.exists() else None
+        elif config.resume:
+            state = load_checkpoint(config.resume)
+        if state is not None:
+            check_same_run(state["config"], config)
+        elif self.folder.exists() and any(self.folder.iterdir()) and not config.overwrite:
+            raise UserError(
+                f"the run folder {self.folder} exists: go on with --resume auto, replace it with --overwrite, or give another --out"
+            )
+        return state
+
+    def open(self, config: Config, device: torch.device, resumed_from: int):
+        """Make the folder, or on resume cut its metrics back to step `resumed_from`."""
+        if config.overwrite and not resumed_from and self.folder.exists():
+            shutil.rmtree(self.folder)
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {self.folder} cannot be made: {error}") from None
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        (self.folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        kept = [line for line in lines if _step(line) <= resumed_from]
+        metrics.write_text("".join(line + "\n" for line in kept))
+        self.metrics = metrics.open("a")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.tensorboard = SummaryWriter(
+            self.folder / "tb", purge_step=resumed_from + 1 if resumed_from else None
+        )
+
+    def log(self, step: int, kind: str, values: dict):
+        """One line of metrics.jsonl, and the same values in TensorBoard under `kind/`."""
+        self.metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.metrics.flush()
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def write_summary(self, summary: dict):
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    def close(self):
+        if self.tensorboard is not None:
+            self.metrics.close()
+            self.tensorboard.close()
+
+
+def save_checkpoint(path: Path, state: dict):
+    """Write `state` so that `path` is always a whole checkpoint: a new file, flushed to the disk, then renamed."""
+    new = path.with_suffix(".new")
+    try:
+        with new.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(
+            f"the checkpoint {path} could not be written, the one before it is kept: {error}"
+        ) from None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A run folder or a checkpoint file -> its state, tensors and plain values only. Raises `UserError`."""
+    path = Path(path)
+    if path.is_dir():
+        best, last = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
+        path = last if last.exists() else best
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable checkpoint (truncated or damaged?): {reason}") from None
+    if not isinstance(state, dict) or not {"normatch", "config", "model", "ema"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of normatch")
+    return state
+
+
+def check_same_run(saved: dict, config: Config):
+    """Raise `UserError` where the checkpoint's configuration and this one would not make the same weights."""
+    wanted = config.model_dump()
+    if saved["method"] != config.method:
+        raise UserError(f"the checkpoint is of method {saved['method']!r}, this run is of {config.method!r}")
+    different = [k for k in wanted if k not in FREE_KEYS and saved.get(k) != wanted[k]]
+    if different:
+        k = different[0]
+        more = f" (and {', '.join(different[1:])})" if different[1:] else ""
+        raise UserError(
+            f"the checkpoint was made with {k}={saved.get(k)!r}, this run has {k}={wanted[k]!r}{more}"
+        )
+
+
+def environment(device: torch.device) -> dict:
+    """Versions and hardware, for `env.json`."""
+    backend, reason = ops.backend()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "normatch": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "ops_backend": f"{backend}: {reason}",
+        "command": sys.argv,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the line that a crash cut short
+        return sys.maxsize

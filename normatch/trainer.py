@@ -1,0 +1,446 @@
+"""Training, from configuration to summary, in reading order."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import __version__, ops
+from .augment import normalize
+from .backbones import Classifier, build_backbone
+from .config import Config, make_config
+from .data import load_dataset, split_labels
+from .errors import UserError
+from .evaluation import accuracy
+from .loader import StepViews, make_loader
+from .methods import METHODS
+from .optim import EMA, cosine_7_16, decay_groups
+from .run import Run, device_name, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back: its folder, and the content of its summary.json."""
+
+    out: Path
+    summary: dict
+
+    @property
+    def test_accuracy(self) -> float:
+        """Percent, of the averaged weights on the test set."""
+        return self.summary["test_accuracy"]
+
+
+def train(config: Config | dict | str | None = None, backbone: nn.Module | None = None, **keys) -> Result:
+    """Train as `config` says (a Config, a preset's name, or a dict of keys), leave a run folder, return its summary.
+
+    `keys` win over `config`. `backbone`: any module from images (N, 3, H, W) to features (N, D) or maps (N, D, h, w),
+    in place of the one that the configuration names. Raises `UserError` for what the user can mend.
+    """
+    if isinstance(config, Config):
+        config = make_config(**{**config.model_dump(), **keys}) if keys else config
+    elif isinstance(config, str):
+        config = make_config(config, **keys)
+    else:
+        config = make_config(**{**(config or {}), **keys})
+
+    # ---- What there is to train on. All that can be wrong is found before the run folder is touched.
+    device = choose_device(config.device)
+    run = Run(config)
+    checkpoint = run.checkpoint_to_resume(config)
+    dataset = load_dataset(config.dataset, config.data_dir, config.download)
+    split = split_labels(
+        dataset.train_labels, config.num_labels, len(dataset.classes), config.seed, config.num_val
+    )
+    uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
+    views = StepViews(dataset, split, config.augment, config.seed, config.batch_size, uratio)
+
+    # ---- What is trained.
+    torch.manual_seed(config.seed)
+    state = TrainingState(config, dataset, backbone, device)
+    if checkpoint:
+        state.load(checkpoint, split)
+    start = state.step
+    run.open(config, device, start)
+    split.save(run.folder / "split.npz")
+
+    # ---- The loop.
+    autocast = make_autocast(config.precision, device)
+    forward = torch.compile(state.objective) if config.compile else state.objective
+    loader = make_loader(views, start, config.steps, config.num_workers, pin_memory=device.type == "cuda")
+    images_per_step = config.batch_size * (1 + 2 * uratio)
+    report = Progress(config, start)
+    meter, clock = Meter(), Clock(state.seconds)
+    state.objective.train()
+    try:
+        batches = iter(loader)
+        while state.step < config.steps:
+            clock.start_step()
+            batch = next(batches)
+            clock.data_arrived()
+
+            images = torch.cat([batch[k] for k in ("x", "u_weak", "u_strong") if k in batch])
+            x = normalize(images.to(device, non_blocking=True), dataset.mean, dataset.std)
+            y = batch["y"].to(device, non_blocking=True)
+            u_y = batch["u_y"].to(device, non_blocking=True) if uratio else y[:0]
+
+            lr = state.begin_step()
+            with autocast():
+                loss, metrics = forward(x, y, u_y, torch.tensor(state.step))
+            loss.backward()
+            state.update()
+            meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
+            clock.step_done()
+
+            last = state.step == config.steps
+            evaluating = last or state.step % config.eval_every == 0
+            if evaluating or state.step % config.log_every == 0:
+                values = {**meter.read(), "lr": lr, **clock.read(images_per_step)}
+                if not values["loss"] == values["loss"]:  # one NaN in the window makes its mean NaN
+                    kept = f"; the last good checkpoint is {run.last}" if run.last.exists() else ""
+                    raise UserError(
+                        f"the loss became NaN before step {state.step}{kept}: lower --lr, or give --precision fp32"
+                    )
+                run.log(state.step, "train", values)
+                report.train(state.step, values)
+            else:
+                report.advance(state.step)
+
+            if evaluating:
+                scores = state.evaluate(dataset, split, last)
+                run.log(state.step, "eval", scores)
+                chosen = scores["val_accuracy" if config.num_val else "test_accuracy"]
+                improved = state.best is None or chosen > state.best["accuracy"]
+                if improved:
+                    state.best = {"accuracy": chosen, "step": state.step}
+                report.evaluation(state.step, scores)
+                state.seconds = clock.total()
+                content = state.content(split)
+                save_checkpoint(run.last, content)
+                if improved:
+                    save_checkpoint(run.best, content)
+    except KeyboardInterrupt:
+        raise UserError(
+            f"stopped after step {state.step}; go on from {run.last} with --resume auto"
+        ) from None
+    finally:
+        report.close()
+        run.close()
+
+    # ---- The summary.
+    best_test = state.best["accuracy"]
+    if config.num_val:  # the test set is touched here only: the last weights above, the chosen ones now
+        state.ema.module.load_state_dict(torch.load(run.best, map_location=device, weights_only=True)["ema"])
+        best_test = state.evaluate(dataset, split, last=True)["test_accuracy"]
+    summary = {
+        "method": config.method,
+        "dataset": dataset.name,
+        "num_labels": config.num_labels,
+        "seed": config.seed,
+        "steps": config.steps,
+        "protocol": f"validation on {config.num_val} training images, test set once"
+        if config.num_val
+        else PAPER_PROTOCOL,
+        "test_accuracy": scores["test_accuracy"],
+        "test_accuracy_flow": scores.get("test_accuracy_flow"),
+        "best_test_accuracy": best_test,
+        "best_step": state.best["step"],
+        "pseudo_label_accuracy": values.get("pseudo_label_accuracy"),
+        "seconds_total": state.seconds,
+        "seconds_per_step": clock.median(),
+        "views_per_second": images_per_step / clock.median(),
+        "data_wait": clock.data_share(),
+        "device": device_name(device),
+        "augment_backend": "pil",
+        "ops_backend": ops.backend()[0],
+        "resumed_from_step": start if checkpoint else None,
+        "split_sha256": split.sha256,
+        "out": str(run.folder),
+    }
+    run.write_summary(summary)
+    return Result(run.folder, summary)
+
+
+PAPER_PROTOCOL = "paper: test set at every evaluation, best of them"
+
+
+class Objective(nn.Module):
+    """x: (B + 2 N_u, 3, H, W), y: (B,), u_y: (N_u,) -> loss, metrics: all that is trained, averaged and saved."""
+
+    def __init__(self, classifier: nn.Module, method: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+        self.method = method
+
+    def forward(self, x, y, u_y, step):
+        features, logits = self.classifier(x)
+        with torch.autocast(x.device.type, enabled=False):  # losses and likelihoods are computed in fp32
+            return self.method(features.float(), logits.float(), y, u_y, step)
+
+
+class TrainingState:
+    """All that changes during a run, and therefore all that a checkpoint holds.
+
+    SGD with Nesterov momentum trains the classifier, AdamW the flow heads; the average follows both.
+    """
+
+    def __init__(self, config: Config, dataset, backbone: nn.Module | None, device: torch.device):
+        self.config, self.dataset, self.device = config, dataset, device
+        image_size = dataset.train_images.shape[1]
+        self.backbone = "given" if backbone else "named"
+        if backbone is None:
+            transition = "raw" if config.compat == "reference" else "activated"
+            backbone = build_backbone(config.backbone, transition, config.bn_momentum, image_size)
+        classifier = Classifier(backbone, len(dataset.classes), image_size)
+        method = METHODS[config.method](classifier.features, len(dataset.classes), config)
+        self.objective = Objective(classifier, method).to(device)
+        if config.channels_last:
+            classifier.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            decay_groups(classifier, config.weight_decay), lr=config.lr, momentum=0.9, nesterov=True
+        )
+        self.flows = method.flows
+        self.flow_optimizer = None
+        if self.flows:
+            self.flow_optimizer = torch.optim.AdamW(
+                self.flows.parameters(), lr=config.flow_lr, weight_decay=config.weight_decay
+            )
+        self.ema = EMA(self.objective, config.ema_decay)
+        self.step = 0  # optimiser steps done
+        self.best = None  # {"accuracy", "step"} of the best evaluation
+        self.seconds = 0.0  # of training so far, evaluations included
+
+    def begin_step(self) -> float:
+        """Put this step's learning rates into both optimisers; returns the classifier's."""
+        if self.flows and self.config.compat == "reference" and self.step >= 1024:
+            # The published test() puts the flow into evaluation mode and nothing takes it out: dropout ends there.
+            self.flows.eval()
+        factor = cosine_7_16(self.step, self.config.steps, self.config.warmup)
+        for optimizer, lr in ((self.optimizer, self.config.lr), (self.flow_optimizer, self.config.flow_lr)):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = lr * factor
+        return self.config.lr * factor
+
+    def update(self):
+        """One step of both optimisers and of the average, from the gradients that are there."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.flow_optimizer:
+            update_flows(self.flows, self.flow_optimizer, self.config.clip, self.config.compat == "reference")
+        self.ema.update(self.objective)
+        self.step += 1
+
+    def evaluate(self, dataset, split, last: bool) -> dict:
+        """Accuracy of the averaged weights, in percent: on the validation images if there are any, else on the test set.
+
+        At the end of a run (`last`) on the test set in any case.
+        """
+        averaged = self.ema.module
+        # The published flow has no average: the live one then sees the averaged features.
+        method = self.objective.method if self.config.compat == "reference" else averaged.method
+        training = method.training
+        method.eval()
+        scores = {}
+        if self.config.num_val:
+            images, labels = dataset.train_images[split.validation], dataset.train_labels[split.validation]
+            scores |= accuracy(
+                averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std, "val"
+            )
+        if last or not self.config.num_val:
+            images, labels = dataset.test_images, dataset.test_labels
+            scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std)
+        method.train(training)
+        return scores
+
+    def content(self, split) -> dict:
+        """The checkpoint: tensors and plain values, so that it loads with weights_only=True."""
+        return {
+            "normatch": __version__,
+            "config": self.config.model_dump(),
+            "backbone": self.backbone,
+            "classes": list(self.dataset.classes),
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+            "image_size": self.dataset.train_images.shape[1],
+            "split": split.sha256,
+            "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "model": self.objective.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "flow_optimizer": self.flow_optimizer.state_dict() if self.flow_optimizer else None,
+            # Views and batch order are functions of the step; these generators draw dropout and the sampled voter.
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load(self, content: dict, split):
+        """Go on from a checkpoint. Raises `UserError` where it does not belong to this run."""
+        if content["split"] != split.sha256:
+            raise UserError(
+                "the checkpoint was trained on other labelled images than this data set and seed give"
+            )
+        if content["step"] >= self.config.steps:
+            raise UserError(
+                f"this run has finished: its checkpoint is of step {content['step']} of {self.config.steps}"
+            )
+        self.objective.load_state_dict(content["model"])
+        self.ema.module.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.flow_optimizer:
+            self.flow_optimizer.load_state_dict(content["flow_optimizer"])
+        self.step, self.best, self.seconds = content["step"], content["best"], content["seconds"]
+        torch.set_rng_state(content["rng"])
+        if self.device.type == "cuda" and content["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(content["rng_cuda"], self.device)
+
+
+def update_flows(
+    flows: nn.ModuleList, optimizer: torch.optim.Optimizer, clip: float, reference: bool
+) -> list:
+    """Clip, step and clear the gradients of the flow heads; returns the gradient norms before clipping, one a flow.
+
+    `reference`: the prior's gradients are neither clipped nor ever cleared, so that they add up over the whole run,
+    as in the published code, where the prior's tensors are not parameters of the flow module.
+    """
+    norms = []
+    for flow in flows:
+        prior = set(flow.prior_parameters())
+        clipped = [p for p in flow.parameters() if not (reference and p in prior)]
+        norms.append(nn.utils.clip_grad_norm_(clipped, clip or float("inf")))
+    optimizer.step()
+    for flow in flows:
+        prior = set(flow.prior_parameters())
+        for parameter in flow.parameters():
+            if not (reference and parameter in prior):
+                parameter.grad = None
+    return norms
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` -> the device. Raises `UserError` where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def make_autocast(precision: str, device: torch.device) -> Callable:
+    """The context of the forward pass: bf16 autocast, or none."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+class Meter:
+    """Adds up the metrics of each step on the device, and reads them back at log points only."""
+
+    def __init__(self):
+        self.total = None
+
+    def add(self, metrics: dict[str, torch.Tensor]):
+        self.names = list(metrics)
+        stacked = torch.stack(list(metrics.values()))
+        self.total = stacked if self.total is None else self.total + stacked
+
+    def read(self) -> dict[str, float]:
+        """The averages since the last call; a metric that nothing was counted for is left out."""
+        values = {
+            name: total / count
+            for name, (total, count) in zip(self.names, self.total.tolist(), strict=True)
+            if count
+        }
+        self.total = None
+        return values
+
+
+class Clock:
+    """Times each step and the wait for its data, in seconds."""
+
+    def __init__(self, before: float):
+        self.began = time.perf_counter() - before
+        self.steps, self.waits = [], []
+        self.read_until = 0
+
+    def start_step(self):
+        self.tick = time.perf_counter()
+
+    def data_arrived(self):
+        self.waits.append(time.perf_counter() - self.tick)
+
+    def step_done(self):
+        self.steps.append(time.perf_counter() - self.tick)
+
+    def read(self, images_per_step: int) -> dict[str, float]:
+        """Speed since the last call."""
+        steps, waits = self.steps[self.read_until :], self.waits[self.read_until :]
+        self.read_until = len(self.steps)
+        return {
+            "seconds_per_step": statistics.median(steps),
+            "views_per_second": images_per_step * len(steps) / sum(steps),
+            "data_wait": sum(waits) / sum(steps),
+        }
+
+    def median(self) -> float:
+        return statistics.median(self.steps)
+
+    def data_share(self) -> float:
+        return sum(self.waits) / sum(self.steps)
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+
+class Progress:
+    """A bar on a terminal, a line at each log point elsewhere, on standard error; nothing where progress is off."""
+
+    def __init__(self, config: Config, start: int):
+        self.config = config
+        self.on_terminal = config.progress and sys.stderr.isatty()
+        name = f"{config.method} on {config.dataset}, {config.num_labels} labels"
+        self.bar = tqdm(
+            total=config.steps, initial=start, desc=name, unit="step", disable=not self.on_terminal
+        )
+        self.began, self.start = time.perf_counter(), start
+        self.accuracy = ""
+        if config.progress and not self.on_terminal:
+            print(f"{name}: step {start} of {config.steps}", file=sys.stderr)
+
+    def advance(self, step: int):
+        self.bar.update(step - self.bar.n)
+
+    def train(self, step: int, values: dict):
+        self.advance(step)
+        text = f"loss {values['loss']:.3f}"
+        if "mask_ratio" in values:
+            text += f" mask {values['mask_ratio']:.2f}"
+        if "pseudo_label_accuracy" in values:
+            text += f" pseudo-labels {100 * values['pseudo_label_accuracy']:.1f}%"
+        text += (
+            f" {values['views_per_second']:.0f} views/s data {100 * values['data_wait']:.0f}%{self.accuracy}"
+        )
+        self.bar.set_postfix_str(text)
+        if self.config.progress and not self.on_terminal:
+            seconds = (time.perf_counter() - self.began) / (step - self.start) * (self.config.steps - step)
+            eta = f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+            print(f"step {step}/{self.config.steps} ETA {eta} {text}", file=sys.stderr)
+
+    def evaluation(self, step: int, scores: dict):
+        self.accuracy = " | " + " ".join(f"{name} {value:.2f}%" for name, value in scores.items())
+        if self.config.progress and not self.on_terminal:
+            print(f"step {step}/{self.config.steps}{self.accuracy}", file=sys.stderr)
+
+    def close(self):
+        self.bar.close()

@@ -1,0 +1,120 @@
+"""How settings are put together, and what is said of wrong ones."""
+
+import pytest
+import yaml
+
+from normatch.config import ALIASES, PRESETS, Config, make_config
+from normatch.errors import UserError
+
+
+def test_the_default_is_normatch_on_digits():
+    config = make_config()
+    assert (config.method, config.dataset, config.num_labels) == ("normatch", "digits", 40)
+
+
+def test_keys_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 0.5\nsteps: 7\n")
+    config = make_config("cifar10-250", file, steps=9)
+    assert (config.num_labels, config.lr, config.steps) == (250, 0.5, 9)
+
+
+def test_strings_are_converted_and_none_is_understood():
+    config = make_config(lr="0.1", steps="12", dist_align="false", hard_label="true", bn_momentum=None)
+    assert (config.lr, config.steps, config.dist_align, config.hard_label) == (0.1, 12, False, True)
+    assert config.bn_momentum is None
+
+
+def test_a_saved_configuration_loads_as_it_was(tmp_path):
+    config = make_config("cifar100-2500", seed=3)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    assert make_config(file=tmp_path / "config.yaml") == config
+
+
+def test_pseudo_label_kind_follows_the_method():
+    assert make_config(method="fixmatch").hard_label is True
+    assert make_config(method="normatch").hard_label is False
+    assert make_config(method="fixmatch", hard_label=False).hard_label is False
+
+
+def test_published_recipes():
+    recipe = make_config("cifar10-40")
+    assert (recipe.lr, recipe.batch_size, recipe.uratio, recipe.steps) == (0.03, 64, 7, 2**20)
+    assert (recipe.weight_decay, recipe.ema_decay, recipe.backbone) == (5e-4, 0.999, "wrn-28-2")
+    assert (recipe.lambda_flow_unsup, recipe.dist_align, recipe.da_window) == (1e-6, True, 32)
+    large = make_config("cifar100-10000")
+    assert (large.backbone, large.weight_decay, large.num_labels) == ("wrn-28-8", 1e-3, 10000)
+    assert make_config("miniimagenet-1000").da_window == 256
+    assert make_config("stl10-1000").hard_label is True
+    assert make_config("svhn-40").lambda_flow_unsup == 0
+    assert make_config("cifar10-4000-two-flows").third_voter == "flow"
+
+
+def test_a_data_set_alone_takes_its_own_recipe():
+    assert make_config(dataset="cifar100", num_labels=2500).backbone == "wrn-28-8"
+
+
+def test_run_folders_tell_runs_apart():
+    folders = [
+        make_config("cifar10-40", seed=s, method=m).out for s in (0, 1) for m in ("normatch", "fixmatch")
+    ]
+    assert len(set(folders)) == 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid(preset):
+    assert make_config(preset).num_labels == PRESETS[preset]["num_labels"]
+
+
+def test_published_names_are_accepted():
+    config = make_config(
+        **{"num-labeled": 250, "mu": 3, "threshold": 0.9, "wdecay": 1e-3, "no-onehot": True, "amp": True}
+    )
+    assert (config.num_labels, config.uratio, config.p_cutoff, config.weight_decay) == (250, 3, 0.9, 1e-3)
+    assert (config.hard_label, config.precision) == (False, "bf16")
+    assert make_config(amp=False).precision == "auto"
+
+
+def test_aliases_lead_somewhere():
+    targets = {ours if isinstance(ours, str) else ours[0] for ours in ALIASES.values()}
+    assert targets <= set(Config.model_fields) and not set(ALIASES) & set(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"num_lables": 40}, "num_labels"),
+        ({"weigth_decay": 1}, "weight_decay"),
+        ({"treshold": 1}, "threshold"),
+        ({"steps": "many"}, "steps"),
+        ({"steps": 0}, "steps"),
+        ({"lr": "nan"}, "lr"),
+        ({"lr": -1}, "lr"),
+        ({"batch_size": 1.5}, "batch_size"),
+        ({"method": "fixmach"}, "fixmatch"),
+        ({"dist_align": "perhaps"}, "dist_align"),
+        ({"p_cutoff": 2}, "p_cutoff"),
+    ],
+)
+def test_wrong_keys_are_explained_in_one_line(keys, said):
+    with pytest.raises(UserError, match=said) as error:
+        make_config(**keys)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("preset", "said"), [("cifar10-41", "cifar10-4"), ("digit", "digits")])
+def test_unknown_preset_names_the_nearest(preset, said):
+    with pytest.raises(UserError, match=said):
+        make_config(preset)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "colour: red\n", ""])
+def test_bad_files_are_explained(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError):
+        make_config(file=tmp_path / "bad.yaml")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="none.yaml"):
+        make_config(file=tmp_path / "none.yaml")
