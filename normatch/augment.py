@@ -38,9 +38,7 @@ class Policy:
 
     num_ops: int  # drawn with replacement from OPS
     ranges: dict[str, tuple[float, float]]  # lo, hi of each operation that has a parameter
-    levels: (
-        int  # > 0: value = lo + (hi - lo) v / levels with an integer v in 1..levels-1; 0: uniform in [lo, hi)
-    )
+    levels: int  # > 0: value = lo + (hi - lo) v / levels with an integer v in 1..levels-1; 0: uniform in [lo, hi)
     probability: float  # that a drawn operation is applied
     random_sign: bool  # negate the value of a geometric operation half of the time
     whole_pixels: bool  # translations are truncated to whole pixels
@@ -195,9 +193,7 @@ class Parameters:
     col: np.ndarray  # (N,) int32
     op: np.ndarray  # (N, n) int32, into OPS
     applied: np.ndarray  # (N, n) bool
-    value: (
-        np.ndarray
-    )  # (N, n) float32: degrees, shear, pixels, bits, threshold or blend factor, sign included
+    value: np.ndarray  # (N, n) float32: degrees, shear, pixels, bits, threshold or blend factor, sign included
     box: np.ndarray  # (N, 4) int32: x0, y0, x1, y1 of the cutout
 
 

@@ -19,9 +19,7 @@ class WideResNet(nn.Module):
     second stage on, as in the published NorMatch code, where the activation is computed and thrown away.
     """
 
-    def __init__(
-        self, depth: int = 28, widen: int = 2, transition: str = "activated", bn_momentum: float = 0.001
-    ):
+    def __init__(self, depth: int = 28, widen: int = 2, transition: str = "activated", bn_momentum: float = 0.001):
         super().__init__()
         if transition not in ("activated", "raw"):
             raise ValueError(f"transition must be 'activated' or 'raw', not {transition!r}")
@@ -41,9 +39,7 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         for i in range(stages):
             raw = transition == "raw" and i > 0
-            stage = _Stage(
-                blocks, widths[i], widths[i + 1], stride=1 if i == 0 else 2, raw=raw, momentum=bn_momentum
-            )
+            stage = _Stage(blocks, widths[i], widths[i + 1], stride=1 if i == 0 else 2, raw=raw, momentum=bn_momentum)
             self.add_module(f"block{i + 1}", stage)
         self.stages = stages
         self.bn1 = nn.BatchNorm2d(self.features, momentum=bn_momentum)
@@ -155,9 +151,7 @@ def build_backbone(
         numbers = model.split("-")[1:]
         if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
             raise UserError(f"backbone {name!r}: a wide ResNet is named wrn-DEPTH-WIDEN, such as wrn-28-2")
-        return WideResNet(
-            int(numbers[0]), int(numbers[1]), transition, 0.001 if bn_momentum is None else bn_momentum
-        )
+        return WideResNet(int(numbers[0]), int(numbers[1]), transition, 0.001 if bn_momentum is None else bn_momentum)
 
     if source == "torchvision" or (not source and model in ("resnet18", "resnet50")):
         backbone = _torchvision(model)
@@ -178,18 +172,14 @@ def _torchvision(name):
     try:
         from torchvision import models
     except Exception as error:  # a torchvision built for another torch fails with anything but ImportError
-        raise UserError(
-            f"backbone {name!r} needs torchvision, which does not import here: {error}"
-        ) from error
+        raise UserError(f"backbone {name!r} needs torchvision, which does not import here: {error}") from error
     if name not in models.list_models(models):
         raise UserError(f"torchvision.models has no {name!r}; see torchvision.models.list_models()")
     # Auxiliary heads would change the output's type; only the two Inception models have them.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     backbone = models.get_model(name, weights=None, **options)
     heads = [path for path, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    if (
-        heads
-    ):  # the last linear layer is the classifier; SqueezeNet alone has none, and keeps its 1,000 outputs
+    if heads:  # the last linear layer is the classifier; SqueezeNet alone has none, and keeps its 1,000 outputs
         backbone.set_submodule(heads[-1], nn.Identity())
     return backbone
 

@@ -44,9 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a classifier. Keys on the command line win over the file, the file over the preset.",
         allow_abbrev=False,
     )
-    train.add_argument(
-        "preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: digits)"
-    )
+    train.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: digits)")
     train.add_argument("--config", metavar="FILE", help="YAML file of `key: value` lines")
     for name, field in Config.model_fields.items():
         flags = [f"--{name}", *(f"--{alias}" for alias, ours in ALIASES.items() if ours == name)]
@@ -59,9 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
             metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
             help=f"{field.description}{default}".replace("%", "%%"),
-            **(
-                {"nargs": "?", "const": "true"} if is_switch else {}
-            ),  # `--download` alone means `--download true`
+            **({"nargs": "?", "const": "true"} if is_switch else {}),  # `--download` alone means `--download true`
         )
     train.set_defaults(run=_train)
 
@@ -110,16 +106,12 @@ def _train(options) -> int:
     result = train(config)
     summary = result.summary
     flow = summary["test_accuracy_flow"]
-    print(
-        f"test accuracy      {summary['test_accuracy']:.2f} %   (averaged weights, {config.num_labels} labels)"
-    )
+    print(f"test accuracy      {summary['test_accuracy']:.2f} %   (averaged weights, {config.num_labels} labels)")
     if flow is not None:
         print(f"  by the flow      {flow:.2f} %")
     print(f"best               {summary['best_test_accuracy']:.2f} %   at step {summary['best_step']}")
     print(f"protocol           {summary['protocol']}")
-    print(
-        f"time               {summary['seconds_total']:.0f} s, {1000 * summary['seconds_per_step']:.1f} ms a step"
-    )
+    print(f"time               {summary['seconds_total']:.0f} s, {1000 * summary['seconds_per_step']:.1f} ms a step")
     print(f"run folder         {result.out}")
     return 0
 

@@ -31,14 +31,12 @@ class Config(BaseModel):
     num_labels: Positive = key(40, "labelled images, the same number of every class")
     num_val: NonNegative = key(
         0,
-        "training images held out to choose the best checkpoint; 0: the papers' protocol, test accuracy at every evaluation",
+        "training images held out to choose the best checkpoint; 0: by the test set, as in the papers",
     )
     seed: NonNegative = key(0, "seeds the labelled split, the data order, the augmentation and the weights")
 
     backbone: str = key("wrn-28-2", "wrn-DEPTH-WIDEN, resnet18, resnet50, torchvision:NAME, timm:NAME")
-    bn_momentum: Share | None = key(
-        None, "BatchNorm momentum, the weight of the new batch; none: the backbone's own"
-    )
+    bn_momentum: Share | None = key(None, "BatchNorm momentum, the weight of the new batch; none: the backbone's own")
 
     steps: Positive = key(2**20, "optimiser steps")
     batch_size: Positive = key(64, "labelled images a step")
@@ -76,9 +74,7 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 autocast on CUDA, fp32 on the CPU")
     channels_last: bool = key(True, "memory format of images and weights")
     compile: bool = key(False, "torch.compile the forward pass and the loss")
-    compat: Literal["none", "reference"] = key(
-        "none", "reference: do what the published code does where it differs"
-    )
+    compat: Literal["none", "reference"] = key("none", "reference: do what the published code does where it differs")
 
     eval_every: Positive = key(1024, "steps between evaluations, each of which writes a checkpoint")
     log_every: Positive = key(50, "steps between lines of metrics.jsonl")
@@ -156,7 +152,7 @@ ALIASES = {
 
 
 def canonical(name: str) -> str | tuple[str, str]:
-    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), or (key, value) for a flag that implies one."""
+    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), or (key, value) where it implies one."""
     name = name.replace("-", "_")
     if name in Config.model_fields:
         return name

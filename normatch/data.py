@@ -57,10 +57,7 @@ def _digits() -> Dataset:
     # 0..16 -> 0..255, halves rounded up: integers, hence the same everywhere.
     small = ((raw.astype(np.int64) * 255 + 8) // 16).astype(np.uint8).reshape(-1, 8, 8)
     images = np.stack(
-        [
-            np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB"))
-            for x in small
-        ]
+        [np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB")) for x in small]
     )
     labels = labels.astype(np.int64)
     test = split_labels(labels, 500, 10, seed=0).labeled
@@ -87,9 +84,7 @@ _CIFAR = {
 
 def _cifar(name: str, data_dir: Path, download: bool) -> Dataset:
     class_name, folder, mean, std = _CIFAR[name]
-    hint = (
-        f"put the unpacked {folder} there, name the folder that holds it with --data_dir, or pass --download"
-    )
+    hint = f"put the unpacked {folder} there, name the folder that holds it with --data_dir, or pass --download"
     if not download and not (data_dir / folder).is_dir():
         raise UserError(f"{name} is not in {data_dir}: {hint}")
     try:
@@ -98,8 +93,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> Dataset:
         raise UserError(f"{name} is read through torchvision, which cannot be imported ({error})") from error
     try:
         train, test = (
-            getattr(datasets, class_name)(str(data_dir), train=part, download=download)
-            for part in (True, False)
+            getattr(datasets, class_name)(str(data_dir), train=part, download=download) for part in (True, False)
         )
     except (OSError, RuntimeError) as error:
         if download:
@@ -230,7 +224,5 @@ def sample_order(n: int, seed: int, stream: int, start: int, count: int):
     """
     length = max(1, 4096 // n) * n
     blocks = range(start // length, (start + count - 1) // length + 1) if count else ()
-    pieces = [
-        _passes(n, seed, stream, b)[max(0, start - b * length) : start + count - b * length] for b in blocks
-    ]
+    pieces = [_passes(n, seed, stream, b)[max(0, start - b * length) : start + count - b * length] for b in blocks]
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)

@@ -48,10 +48,7 @@ class Model(nn.Module):
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images must be (N, H, W, 3) uint8, not {tuple(images.shape)} {images.dtype}")
         device = self.classifier.fc.weight.device
-        parts = [
-            self.logits(normalize(part.to(device), self.mean, self.std)).softmax(1)
-            for part in images.split(500)
-        ]
+        parts = [self.logits(normalize(part.to(device), self.mean, self.std)).softmax(1) for part in images.split(500)]
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes), device=device)
 
     def predict(self, images) -> torch.Tensor:
@@ -82,9 +79,7 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu") -> Model:
     state = load_checkpoint(checkpoint)
     config = Config(**state["config"])
     if state["backbone"] != "named":
-        raise UserError(
-            f"{checkpoint} was trained on a backbone of your own: build it and load state['ema'] into it"
-        )
+        raise UserError(f"{checkpoint} was trained on a backbone of your own: build it and load state['ema'] into it")
     transition = "raw" if config.compat == "reference" else "activated"
     backbone = build_backbone(config.backbone, transition, config.bn_momentum, state["image_size"])
     classifier = Classifier(backbone, len(state["classes"]), state["image_size"])
@@ -93,9 +88,7 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu") -> Model:
     if config.compat == "reference":  # the published flow is not averaged
         weights.update({k: v for k, v in state["model"].items() if k.startswith("method.")})
     nn.ModuleDict({"classifier": classifier, "method": method}).load_state_dict(weights)
-    model = Model(
-        classifier, method.flows, state["classes"], state["mean"], state["std"], state["image_size"], config
-    )
+    model = Model(classifier, method.flows, state["classes"], state["mean"], state["std"], state["image_size"], config)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -106,9 +99,7 @@ def evaluate(checkpoint: str | Path, data_dir: str | None = None, device: str | 
     dataset = load_dataset(config.dataset, data_dir or config.data_dir, config.download)
     if list(dataset.classes) != list(model.classes):
         raise UserError(f"the classes of {config.dataset} are not those of {checkpoint}")
-    scores = accuracy(
-        model.classifier, model.flows, dataset.test_images, dataset.test_labels, model.mean, model.std
-    )
+    scores = accuracy(model.classifier, model.flows, dataset.test_images, dataset.test_labels, model.mean, model.std)
     return {"dataset": dataset.name, "images": len(dataset.test_labels), **scores}
 
 

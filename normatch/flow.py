@@ -106,9 +106,7 @@ class FlowHead(nn.Module):
             raise ValueError(f"compat must be 'none' or 'reference', not {compat!r}")
         self.features, self.classes = features, classes
         self.eps = 1e-6 if compat == "reference" else 0.0
-        self.couplings = nn.ModuleList(
-            Coupling(features, hidden, dropout, swap=j % 2 == 1) for j in range(couplings)
-        )
+        self.couplings = nn.ModuleList(Coupling(features, hidden, dropout, swap=j % 2 == 1) for j in range(couplings))
         self.means = nn.Parameter(torch.randn(classes, features), requires_grad=trainable_prior)
         # softplus(rho) = 1
         self.rho = nn.Parameter(torch.full((classes,), math.log(math.e - 1)), requires_grad=trainable_prior)
@@ -139,9 +137,7 @@ class FlowHead(nn.Module):
         """n features (n, D) drawn from the density, of class `label` (an int, or one a row (n,)) or of the mixture."""
         device = self.means.device
         if label is None:
-            label = torch.multinomial(
-                self.mixture_logits.softmax(0), n, replacement=True, generator=generator
-            )
+            label = torch.multinomial(self.mixture_logits.softmax(0), n, replacement=True, generator=generator)
         label = torch.as_tensor(label, device=device).expand(n)
         if n and not 0 <= int(label.min()) <= int(label.max()) < self.classes:
             raise ValueError(f"label must lie in 0..{self.classes - 1}")
@@ -160,14 +156,10 @@ class FlowHead(nn.Module):
         coupling, behind any prefix. The weight-normalised gain g v / |v| of one entry is g sign(v).
         Raises KeyError where a tensor is missing.
         """
-        tensors = {
-            "body." + name.rpartition("body.")[2]: torch.as_tensor(value) for name, value in state.items()
-        }
+        tensors = {"body." + name.rpartition("body.")[2]: torch.as_tensor(value) for name, value in state.items()}
         couplings = 1 + max((int(name.split(".")[1]) for name in tensors if ".st_net." in name), default=-1)
         if not couplings:
-            raise KeyError(
-                "no body.0.st_net.0.weight in the state dict: not the flow of a NorMatch checkpoint"
-            )
+            raise KeyError("no body.0.st_net.0.weight in the state dict: not the flow of a NorMatch checkpoint")
         hidden, features = tensors["body.0.st_net.0.weight"].shape
         means = torch.as_tensor(means)
         head = cls(features, len(means), couplings, hidden, compat="reference").to(means)

@@ -28,16 +28,12 @@ class StepViews(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, split: Split, policy: str, seed: int, batch_size: int, uratio: int):
         if policy not in POLICIES:
             near = get_close_matches(str(policy), POLICIES, n=1, cutoff=0)[0]
-            raise UserError(
-                f"unknown policy '{policy}': did you mean '{near}'? There are {', '.join(POLICIES)}"
-            )
+            raise UserError(f"unknown policy '{policy}': did you mean '{near}'? There are {', '.join(POLICIES)}")
         if batch_size < 1 or uratio < 0:
             raise UserError(f"batch_size {batch_size} must be at least 1, uratio {uratio} at least 0")
         total, pool = len(dataset.train_images), len(split.unlabeled)
         if batch_size > total:
-            raise UserError(
-                f"batch_size {batch_size} is larger than {dataset.name} with its {total} training images"
-            )
+            raise UserError(f"batch_size {batch_size} is larger than {dataset.name} with its {total} training images")
         if uratio * batch_size > pool:
             raise UserError(
                 f"uratio {uratio} x batch_size {batch_size} is {uratio * batch_size} images, more than the "
@@ -78,9 +74,7 @@ class StepViews(torch.utils.data.Dataset):
         return weak_views(images, parameters, self.policy.padding)
 
 
-def make_loader(
-    views: StepViews, start: int, stop: int, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
+def make_loader(views: StepViews, start: int, stop: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """-> the batches of steps start, start + 1, ..., stop - 1, in order. To resume is to start further on."""
     # Forked workers share the images, where others would each hold a copy; but fork is safe on Linux only.
     fork = "fork" if num_workers and sys.platform == "linux" else None

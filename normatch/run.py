@@ -1,4 +1,4 @@
-"""The run folder: configuration, environment, split, metrics, checkpoints, summary; and how checkpoints are kept safe."""
+"""The run folder: configuration, environment, split, metrics, checkpoints, summary."""
 
 import json
 import os
@@ -48,7 +48,8 @@ class Run:
             check_same_run(state["config"], config)
         elif self.folder.exists() and any(self.folder.iterdir()) and not config.overwrite:
             raise UserError(
-                f"the run folder {self.folder} exists: go on with --resume auto, replace it with --overwrite, or give another --out"
+                f"the run folder {self.folder} exists: go on with --resume auto, replace it with --overwrite, "
+                "or give another --out"
             )
         return state
 
@@ -70,9 +71,7 @@ class Run:
         self.metrics = metrics.open("a")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self.tensorboard = SummaryWriter(
-            self.folder / "tb", purge_step=resumed_from + 1 if resumed_from else None
-        )
+        self.tensorboard = SummaryWriter(self.folder / "tb", purge_step=resumed_from + 1 if resumed_from else None)
 
     def log(self, step: int, kind: str, values: dict):
         """One line of metrics.jsonl, and the same values in TensorBoard under `kind/`."""
@@ -101,9 +100,7 @@ def save_checkpoint(path: Path, state: dict):
         os.replace(new, path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise UserError(
-            f"the checkpoint {path} could not be written, the one before it is kept: {error}"
-        ) from None
+        raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {error}") from None
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -133,9 +130,7 @@ def check_same_run(saved: dict, config: Config):
     if different:
         k = different[0]
         more = f" (and {', '.join(different[1:])})" if different[1:] else ""
-        raise UserError(
-            f"the checkpoint was made with {k}={saved.get(k)!r}, this run has {k}={wanted[k]!r}{more}"
-        )
+        raise UserError(f"the checkpoint was made with {k}={saved.get(k)!r}, this run has {k}={wanted[k]!r}{more}")
 
 
 def environment(device: torch.device) -> dict:

@@ -1,5 +1,6 @@
 """Training, from configuration to summary, in reading order."""
 
+import math
 import statistics
 import sys
 import time
@@ -55,9 +56,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | None 
     run = Run(config)
     checkpoint = run.checkpoint_to_resume(config)
     dataset = load_dataset(config.dataset, config.data_dir, config.download)
-    split = split_labels(
-        dataset.train_labels, config.num_labels, len(dataset.classes), config.seed, config.num_val
-    )
+    split = split_labels(dataset.train_labels, config.num_labels, len(dataset.classes), config.seed, config.num_val)
     uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
     views = StepViews(dataset, split, config.augment, config.seed, config.batch_size, uratio)
 
@@ -77,6 +76,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | None 
     images_per_step = config.batch_size * (1 + 2 * uratio)
     report = Progress(config, start)
     meter, clock = Meter(), Clock(state.seconds)
+    mean, std = (torch.tensor(v, device=device) for v in (dataset.mean, dataset.std))
     state.objective.train()
     try:
         batches = iter(loader)
@@ -86,7 +86,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | None 
             clock.data_arrived()
 
             images = torch.cat([batch[k] for k in ("x", "u_weak", "u_strong") if k in batch])
-            x = normalize(images.to(device, non_blocking=True), dataset.mean, dataset.std)
+            x = normalize(images.to(device, non_blocking=True), mean, std)
             y = batch["y"].to(device, non_blocking=True)
             u_y = batch["u_y"].to(device, non_blocking=True) if uratio else y[:0]
 
@@ -102,7 +102,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | None 
             evaluating = last or state.step % config.eval_every == 0
             if evaluating or state.step % config.log_every == 0:
                 values = {**meter.read(), "lr": lr, **clock.read(images_per_step)}
-                if not values["loss"] == values["loss"]:  # one NaN in the window makes its mean NaN
+                if not math.isfinite(values["loss"]):  # one NaN in the window makes its mean NaN
                     kept = f"; the last good checkpoint is {run.last}" if run.last.exists() else ""
                     raise UserError(
                         f"the loss became NaN before step {state.step}{kept}: lower --lr, or give --precision fp32"
@@ -126,9 +126,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | None 
                 if improved:
                     save_checkpoint(run.best, content)
     except KeyboardInterrupt:
-        raise UserError(
-            f"stopped after step {state.step}; go on from {run.last} with --resume auto"
-        ) from None
+        raise UserError(f"stopped after step {state.step}; go on from {run.last} with --resume auto") from None
     finally:
         report.close()
         run.close()
@@ -237,7 +235,7 @@ class TrainingState:
         self.step += 1
 
     def evaluate(self, dataset, split, last: bool) -> dict:
-        """Accuracy of the averaged weights, in percent: on the validation images if there are any, else on the test set.
+        """Accuracy of the averaged weights, in percent: on the validation images, or if there are none on the test set.
 
         At the end of a run (`last`) on the test set in any case.
         """
@@ -249,9 +247,7 @@ class TrainingState:
         scores = {}
         if self.config.num_val:
             images, labels = dataset.train_images[split.validation], dataset.train_labels[split.validation]
-            scores |= accuracy(
-                averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std, "val"
-            )
+            scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std, "val")
         if last or not self.config.num_val:
             images, labels = dataset.test_images, dataset.test_labels
             scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std)
@@ -284,9 +280,7 @@ class TrainingState:
     def load(self, content: dict, split):
         """Go on from a checkpoint. Raises `UserError` where it does not belong to this run."""
         if content["split"] != split.sha256:
-            raise UserError(
-                "the checkpoint was trained on other labelled images than this data set and seed give"
-            )
+            raise UserError("the checkpoint was trained on other labelled images than this data set and seed give")
         if content["step"] >= self.config.steps:
             raise UserError(
                 f"this run has finished: its checkpoint is of step {content['step']} of {self.config.steps}"
@@ -302,9 +296,7 @@ class TrainingState:
             torch.cuda.set_rng_state(content["rng_cuda"], self.device)
 
 
-def update_flows(
-    flows: nn.ModuleList, optimizer: torch.optim.Optimizer, clip: float, reference: bool
-) -> list:
+def update_flows(flows: nn.ModuleList, optimizer: torch.optim.Optimizer, clip: float, reference: bool) -> list:
     """Clip, step and clear the gradients of the flow heads; returns the gradient norms before clipping, one a flow.
 
     `reference`: the prior's gradients are neither clipped nor ever cleared, so that they add up over the whole run,
@@ -358,9 +350,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """The averages since the last call; a metric that nothing was counted for is left out."""
         values = {
-            name: total / count
-            for name, (total, count) in zip(self.names, self.total.tolist(), strict=True)
-            if count
+            name: total / count for name, (total, count) in zip(self.names, self.total.tolist(), strict=True) if count
         }
         self.total = None
         return values
@@ -410,9 +400,7 @@ class Progress:
         self.config = config
         self.on_terminal = config.progress and sys.stderr.isatty()
         name = f"{config.method} on {config.dataset}, {config.num_labels} labels"
-        self.bar = tqdm(
-            total=config.steps, initial=start, desc=name, unit="step", disable=not self.on_terminal
-        )
+        self.bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", disable=not self.on_terminal)
         self.began, self.start = time.perf_counter(), start
         self.accuracy = ""
         if config.progress and not self.on_terminal:
@@ -428,9 +416,7 @@ class Progress:
             text += f" mask {values['mask_ratio']:.2f}"
         if "pseudo_label_accuracy" in values:
             text += f" pseudo-labels {100 * values['pseudo_label_accuracy']:.1f}%"
-        text += (
-            f" {values['views_per_second']:.0f} views/s data {100 * values['data_wait']:.0f}%{self.accuracy}"
-        )
+        text += f" {values['views_per_second']:.0f} views/s data {100 * values['data_wait']:.0f}%{self.accuracy}"
         self.bar.set_postfix_str(text)
         if self.config.progress and not self.on_terminal:
             seconds = (time.perf_counter() - self.began) / (step - self.start) * (self.config.steps - step)

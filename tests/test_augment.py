@@ -64,9 +64,7 @@ def kek_box(cx, cy):
     ],
 )
 def test_philox_gives_the_published_answers(counter, key, words):
-    counter, key, words = (
-        np.array([int(w, 16) for w in s.split()], np.uint32) for s in (counter, key, words)
-    )
+    counter, key, words = (np.array([int(w, 16) for w in s.split()], np.uint32) for s in (counter, key, words))
     assert np.array_equal(philox(counter, key), words)
     assert np.array_equal(philox(np.tile(counter, (5, 3, 1)), key), np.tile(words, (5, 3, 1)))
 
@@ -121,9 +119,7 @@ def test_leedoyup_operations_match_the_recorded_images(golden):
         op, value = key.split("/")[2], float(data[key.replace("out/", "in/")])
         if op in LEE.ranges:  # recorded at three places of the range
             lo, hi = LEE.ranges[op]
-            assert value == pytest.approx(
-                lo + {"m0": 0.07, "m1": 0.5, "m2": 0.93}[key[-2:]] * (hi - lo), abs=1e-12
-            )
+            assert value == pytest.approx(lo + {"m0": 0.07, "m1": 0.5, "m2": 0.93}[key[-2:]] * (hi - lo), abs=1e-12)
         value *= 32 if op.startswith("Translate") else 1  # recorded as a fraction of the size
         assert np.array_equal(apply(data["in/image"], op, value), want), key
         checked += 1
@@ -168,9 +164,7 @@ def test_kekmodel_sequences_match_the_recorded_images(golden):
         op0, v0, sign0, op1, v1, sign1, cx, cy = data[f"in/mc_sequence/{i}"].tolist()
         values = [kek_value(op0, v0, sign0), kek_value(op1, v1, sign1)]
         view = one_view(ops=(op0, op1), values=values, box=kek_box(float(cx), float(cy)))
-        assert np.array_equal(
-            strong_views(data["in/image"][None], view, KEK)[0], data[f"out/mc_sequence/{i}"]
-        ), i
+        assert np.array_equal(strong_views(data["in/image"][None], view, KEK)[0], data[f"out/mc_sequence/{i}"]), i
 
 
 def test_normalize_matches_the_recorded_arrays(golden):
@@ -197,14 +191,8 @@ def test_fast_operations_equal_pillows_own(size):
         pairs = [
             (apply_op(image, "AutoContrast", 0), ImageOps.autocontrast(image)),
             (apply_op(image, "Equalize", 0), ImageOps.equalize(image)),
-            *(
-                (apply_op(image, "Posterize", bits), ImageOps.posterize(image, int(bits)))
-                for bits in (4, 5.9, 8)
-            ),
-            *(
-                (apply_op(image, "Solarize", t), ImageOps.solarize(image, t))
-                for t in (0, 25.6, 128, 230.4, 256)
-            ),
+            *((apply_op(image, "Posterize", bits), ImageOps.posterize(image, int(bits))) for bits in (4, 5.9, 8)),
+            *((apply_op(image, "Solarize", t), ImageOps.solarize(image, t)) for t in (0, 25.6, 128, 230.4, 256)),
             *(
                 (apply_op(image, op, f), getattr(ImageEnhance, op)(image).enhance(f))
                 for op in ("Brightness", "Color", "Contrast", "Sharpness")
@@ -259,9 +247,7 @@ def test_leedoyup_erases_before_it_crops():
 
 
 def draws(policy, n=40_000, **kwargs):
-    settings = dict(
-        visit=0, samples=np.arange(n), view=View.UNLABELED_STRONG, height=32, width=32, strong=True
-    )
+    settings = dict(visit=0, samples=np.arange(n), view=View.UNLABELED_STRONG, height=32, width=32, strong=True)
     return draw_parameters(policy, 5, **(settings | kwargs))
 
 
@@ -280,9 +266,7 @@ def test_draws_are_the_arithmetic_of_the_docstring(policy):
     height, width = 40, 33
     p = draws(policy, 300, visit=6, height=height, width=width)
     f32, table = np.float32, op_values(policy, height, width)
-    for i, words in enumerate(
-        random_words(5, 6, range(300), View.UNLABELED_STRONG, 8 + 4 * policy.num_ops).tolist()
-    ):
+    for i, words in enumerate(random_words(5, 6, range(300), View.UNLABELED_STRONG, 8 + 4 * policy.num_ops).tolist()):
         unit = [f32(w >> 8) * f32(2**-24) for w in words]
         assert p.flip[i] == words[0] >> 31
         assert (p.row[i], p.col[i]) == (words[1] * 11 >> 32, words[2] * 9 >> 32)
@@ -291,9 +275,7 @@ def test_draws_are_the_arithmetic_of_the_docstring(policy):
             side = unit[4] * f32(0.5) * f32(width)
             cx, cy = (f32(n) + u * f32(1 - n) for n, u in ((width, unit[5]), (height, unit[6])))
         box = [int(max(f32(0), c - side / f32(2))) for c in (cx, cy)]
-        box += [
-            min(n - 1, int(min(f32(n), first + side))) for first, n in zip(box, (width, height), strict=True)
-        ]
+        box += [min(n - 1, int(min(f32(n), first + side))) for first, n in zip(box, (width, height), strict=True)]
         assert p.box[i].tolist() == box
         for j in range(policy.num_ops):
             k = 8 + 4 * j
@@ -401,9 +383,9 @@ def test_no_views_of_no_images():
 def test_normalize_is_channels_last_in_any_dtype():
     images = torch.randint(0, 256, (5, 7, 9, 3), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    want = (images.double().permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
-        std
-    ).view(3, 1, 1)
+    want = (images.double().permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
     for dtype in (torch.float32, torch.bfloat16):
         out = normalize(images, mean, std, dtype)
         assert out.shape == (5, 3, 7, 9) and out.dtype == dtype

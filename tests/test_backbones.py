@@ -67,14 +67,10 @@ def test_published_variant_gives_the_recorded_numbers(golden, variant, size, dty
 
     for key in (k for k in data if k.startswith("out/buffer_after/")):
         # Only fp32 buffers are recorded.
-        assert_near(
-            model.backbone.get_buffer(key.removeprefix("out/buffer_after/")), data[key], OUTPUT_TOLERANCE
-        )
+        assert_near(model.backbone.get_buffer(key.removeprefix("out/buffer_after/")), data[key], OUTPUT_TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("wrn-28-2", 1_467_610), ("wrn-28-8", 23_400_000), ("wrn-10-1", 77_850)]
-)
+@pytest.mark.parametrize(("name", "count"), [("wrn-28-2", 1_467_610), ("wrn-28-8", 23_400_000), ("wrn-10-1", 77_850)])
 def test_parameter_count(name, count):
     model = Classifier(build_backbone(name), 10)
     total = sum(p.numel() for p in model.parameters())
@@ -103,9 +99,7 @@ def test_variants_differ():
     ("name", "width"), [("resnet18", 512), ("resnet50", 2048), ("torchvision:mobilenet_v3_small", 1024)]
 )
 def test_torchvision_backbone_width(name, width):
-    pytest.importorskip(
-        "torchvision", reason="torchvision does not import beside this torch", exc_type=Exception
-    )
+    pytest.importorskip("torchvision", reason="torchvision does not import beside this torch", exc_type=Exception)
     assert Classifier(build_backbone(name), 7).features == width
 
 
@@ -130,9 +124,7 @@ def test_batch_norm_momentum_reaches_every_layer():
             assert module.momentum == 0.03
 
 
-@pytest.mark.parametrize(
-    "name", ["wrn-28", "wrn-27-2", "wrn-a-b", "resnet19", "torchvision:none", "hub:x", "wrn-28-0"]
-)
+@pytest.mark.parametrize("name", ["wrn-28", "wrn-27-2", "wrn-a-b", "resnet19", "torchvision:none", "hub:x", "wrn-28-0"])
 def test_unknown_backbone_is_a_user_error(name):
     with pytest.raises(UserError):
         build_backbone(name)

@@ -55,9 +55,7 @@ def test_a_data_set_alone_takes_its_own_recipe():
 
 
 def test_run_folders_tell_runs_apart():
-    folders = [
-        make_config("cifar10-40", seed=s, method=m).out for s in (0, 1) for m in ("normatch", "fixmatch")
-    ]
+    folders = [make_config("cifar10-40", seed=s, method=m).out for s in (0, 1) for m in ("normatch", "fixmatch")]
     assert len(set(folders)) == 4
 
 
@@ -116,5 +114,5 @@ def test_bad_files_are_explained(tmp_path, text):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.yaml"):
+    with pytest.raises(UserError, match=r"none\.yaml"):
         make_config(file=tmp_path / "none.yaml")

@@ -249,9 +249,7 @@ def test_any_piece_of_the_order_can_be_asked_for(n):
 
 
 def test_order_follows_seed_and_stream():
-    orders = [
-        sample_order(100, *key, 0, 100) for key in ((0, LABELED), (1, LABELED), (0, UNLABELED), (1 << 32, 0))
-    ]
+    orders = [sample_order(100, *key, 0, 100) for key in ((0, LABELED), (1, LABELED), (0, UNLABELED), (1 << 32, 0))]
     assert len({order.tobytes() for order in orders}) == 4
 
 

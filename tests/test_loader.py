@@ -57,9 +57,7 @@ def test_shapes_and_types(dataset):
 
 def test_labels_belong_to_their_images(dataset):
     steps = views(dataset)
-    assert (
-        np.bincount(torch.cat([steps[s]["y"] for s in range(5)])).tolist() == [4] * 10
-    )  # two passes of 20 labels
+    assert np.bincount(torch.cat([steps[s]["y"] for s in range(5)])).tolist() == [4] * 10  # two passes of 20 labels
     for s in range(4):
         assert torch.equal(steps[s]["u_y"], torch.from_numpy(dataset.train_labels)[steps[s]["u_index"]])
     assert any((steps[s]["u_y"] == -1).any() for s in range(5))

@@ -62,9 +62,7 @@ def test_normatch_step(golden, monkeypatch, setting, variant, alignment, compat)
     one = RecordedFlow(inputs["flow_logits_x"], inputs["flow_logits_u"], inputs["loss_num"])
     two = RecordedFlow(inputs["flow2_logits_x"], inputs["flow2_logits_u"], inputs["loss_num"])
     method.flows = nn.ModuleList([one, two] if variant == "three_two" else [one])
-    monkeypatch.setattr(
-        "normatch.methods.normatch.sampled_classifier", lambda flow, z: inputs["sampled_logits_u"]
-    )
+    monkeypatch.setattr("normatch.methods.normatch.sampled_classifier", lambda flow, z: inputs["sampled_logits_u"])
     with torch.no_grad():
         method.da_queue[-5:] = inputs["queue"]
 
@@ -83,9 +81,7 @@ def test_normatch_step(golden, monkeypatch, setting, variant, alignment, compat)
     assert metrics["mask_ratio"][0] / 56 == pytest.approx(data[f"out64/{case}/weight"].mean(), rel=1e-6)
     assert inputs["logits_u_w"].grad is None or not inputs["logits_u_w"].grad.any()
 
-    for key in (
-        k for k in data if k.startswith((f"grad64/{case}/", f"grad64/{setting}/{variant}_{alignment}/"))
-    ):
+    for key in (k for k in data if k.startswith((f"grad64/{case}/", f"grad64/{setting}/{variant}_{alignment}/"))):
         name = key.rpartition("/")[2]
         got, want = inputs[name].grad, data[key]
         if compat == "none" and name in ("flow_logits_u", "flow2_logits_u", "sampled_logits_u"):
@@ -106,18 +102,14 @@ def test_weight_and_pseudo_labels(golden):
 
 
 def test_sampled_classifier(golden):
-    data = {
-        k.rpartition("/")[2]: v for k, v in golden("normatch_step_k10").items() if "sampled_classifier" in k
-    }
+    data = {k.rpartition("/")[2]: v for k, v in golden("normatch_step_k10").items() if "sampled_classifier" in k}
     z, samples, weights = (torch.tensor(data[k]).double() for k in ("z", "samples", "weights"))
     flow = FlowHead(z.shape[1], len(weights)).double()
     with torch.no_grad():
         flow.means.zero_()
         flow.mixture_logits.copy_(weights)
     logits = sampled_classifier(flow, z, noise=samples)  # sigma = 1 and means = 0: the sample is the noise
-    assert (
-        np.abs(logits.detach().numpy() - data["logits"]).max() <= 3e-7 * np.abs(data["logits"]).max()
-    )  # fp32 record
+    assert np.abs(logits.detach().numpy() - data["logits"]).max() <= 3e-7 * np.abs(data["logits"]).max()  # fp32 record
 
 
 def test_alignment_makes_the_marginal_uniform():
@@ -159,9 +151,7 @@ def test_fixmatch_step(golden, setting, variant):
     )
     logits = torch.cat([inputs[k] for k in ("logits_x", "logits_u_w", "logits_u_s")])
     method = METHODS["fixmatch"](8, 10, config)
-    loss, metrics = method(
-        torch.zeros(len(logits), 8), logits, inputs["y"], torch.zeros(56, dtype=torch.long), 0
-    )
+    loss, metrics = method(torch.zeros(len(logits), 8), logits, inputs["y"], torch.zeros(56, dtype=torch.long), 0)
     loss.backward()
 
     want = {k.rpartition("/")[2]: v for k, v in data.items() if k.startswith(f"out64/{variant}/{setting}/")}
@@ -178,9 +168,7 @@ def test_fixmatch_step(golden, setting, variant):
 def test_fixmatch_pseudo_labels(golden):
     data = golden("fixmatch_step_k10")
     weak, strong = (torch.tensor(data[f"in/logits_u_{k}"]).double() for k in "ws")
-    _, mask, pseudo_label = consistency(
-        weak, strong, T=0.5, p_cutoff=0.95, hard_label=True, mask_temperature=0.5
-    )
+    _, mask, pseudo_label = consistency(weak, strong, T=0.5, p_cutoff=0.95, hard_label=True, mask_temperature=0.5)
     assert np.array_equal(mask.numpy(), data["out64/kek/T05_t95/mask"])
     assert np.array_equal(pseudo_label.numpy(), data["out64/kek/T05_t95/pseudo"])
 

@@ -4,7 +4,7 @@ import torch
 
 
 def average(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
-    """values, where: any shape -> (2,) fp32: the sum of the values and their number, over the places `where` is true."""
+    """values, where: any shape -> (2,) fp32: the sum of the values, and their number, where `where` is true."""
     values = values.detach().float()
     where = torch.ones_like(values) if where is None else where.float()
     return torch.stack(((values * where).sum(), where.sum()))

@@ -72,11 +72,7 @@ class NorMatch(nn.Module):
         loss_f = sum(F.cross_entropy(logits, y) for logits in flow_logits_x) / len(self.flows)
         loss_n = -outputs[0].log_prob[len(y) :].mean()
         r = ramp(step, config.warmup_flow, staircase=reference)
-        loss = (
-            loss_x
-            + config.lambda_u * loss_u
-            + r * (config.lambda_flow * loss_f + config.lambda_flow_unsup * loss_n)
-        )
+        loss = loss_x + config.lambda_u * loss_u + r * (config.lambda_flow * loss_f + config.lambda_flow_unsup * loss_n)
 
         confidence = q.amax(1)
         right, known = pseudo_label == u_y, u_y >= 0
@@ -141,7 +137,7 @@ def sampled_classifier(flow, z, noise=None):
 
 
 def ramp(step, warmup_flow, staircase=False):
-    """The factor r in [0, 1] of the flow losses at `step` (0-based; an int or a tensor): linear over `warmup_flow` steps.
+    """The factor r in [0, 1] of the flow losses at `step` (0-based, int or tensor): linear over `warmup_flow` steps.
 
     The published code knows only epochs of 1,024 steps: `staircase` keeps r constant within each of them, so that
     the flow losses are off for the whole of the first.
