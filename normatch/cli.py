@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from typing import Literal, get_args, get_origin
 
@@ -14,6 +15,9 @@ from .errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 could not be done, 2 not understood, 130 interrupted."""
+    # Idle OpenMP threads sleep instead of spinning: on cores shared with other work, spinning made a step ten times
+    # as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = make_parser().parse_args(_spell_check(arguments))

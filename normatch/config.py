@@ -68,7 +68,9 @@ class Config(BaseModel):
 
     augment: Literal["kekmodel", "leedoyup"] = key("kekmodel", "weak and strong augmentation policy")
     augment_backend: Literal["auto", "pil"] = key("auto", "what computes the views")
-    num_workers: NonNegative = key(2, "processes that compute views; 0: the training process itself")
+    num_workers: NonNegative | None = key(
+        None, "processes that compute views, 0: the training process itself; none: 4 with a GPU, 0 without"
+    )
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 autocast on CUDA, fp32 on the CPU")

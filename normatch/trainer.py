@@ -38,12 +38,14 @@ class Result:
         return self.summary["test_accuracy"]
 
 
-def train(config: Config | dict | str | None = None, backbone: nn.Module | None = None, **keys) -> Result:
+def train(config: Config | dict | str | None = None, backbone: nn.Module | str | None = None, **keys) -> Result:
     """Train as `config` says (a Config, a preset's name, or a dict of keys), leave a run folder, return its summary.
 
     `keys` win over `config`. `backbone`: any module from images (N, 3, H, W) to features (N, D) or maps (N, D, h, w),
     in place of the one that the configuration names. Raises `UserError` for what the user can mend.
     """
+    if isinstance(backbone, str):
+        keys["backbone"], backbone = backbone, None
     if isinstance(config, Config):
         config = make_config(**{**config.model_dump(), **keys}) if keys else config
     elif isinstance(config, str):
@@ -72,7 +74,9 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | None 
     # ---- The loop.
     autocast = make_autocast(config.precision, device)
     forward = torch.compile(state.objective) if config.compile else state.objective
-    loader = make_loader(views, start, config.steps, config.num_workers, pin_memory=device.type == "cuda")
+    # On the CPU, workers would only take cores from the training process.
+    workers = (4 if device.type == "cuda" else 0) if config.num_workers is None else config.num_workers
+    loader = make_loader(views, start, config.steps, workers, pin_memory=device.type == "cuda")
     images_per_step = config.batch_size * (1 + 2 * uratio)
     report = Progress(config, start)
     meter, clock = Meter(), Clock(state.seconds)
@@ -272,6 +276,8 @@ class TrainingState:
             "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "flow_optimizer": self.flow_optimizer.state_dict() if self.flow_optimizer else None,
+            # The published code adds them up over the whole run; otherwise there are none between steps.
+            "prior_gradients": [p.grad for flow in self.flows for p in flow.prior_parameters()],
             # Views and batch order are functions of the step; these generators draw dropout and the sampled voter.
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -290,6 +296,9 @@ class TrainingState:
         self.optimizer.load_state_dict(content["optimizer"])
         if self.flow_optimizer:
             self.flow_optimizer.load_state_dict(content["flow_optimizer"])
+            priors = [p for flow in self.flows for p in flow.prior_parameters()]
+            for parameter, gradient in zip(priors, content["prior_gradients"], strict=True):
+                parameter.grad = None if gradient is None else gradient.to(self.device)
         self.step, self.best, self.seconds = content["step"], content["best"], content["seconds"]
         torch.set_rng_state(content["rng"])
         if self.device.type == "cuda" and content["rng_cuda"] is not None:

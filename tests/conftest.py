@@ -1,6 +1,9 @@
 """Shared fixtures: the numbers recorded from the published implementations, and the GPU marker."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is loaded
 
 import numpy as np
 import pytest

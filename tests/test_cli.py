@@ -1,0 +1,248 @@
+"""The command line: what it prints, and that every mistake gets one line and a non-zero status."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import normatch
+from normatch.cli import main
+from normatch.data import load_dataset
+
+QUICK = ["--backbone", "wrn-10-1", "--steps", "4", "--batch_size", "8", "--uratio", "1", "--num_workers", "0"]
+QUICK += ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *QUICK, "--eval_every", "2", "--log_every", "2", "--out", str(out)]) == 0
+    return out
+
+
+def refused(capsys, arguments, *said):
+    """Run a command that must fail: one line on standard error, nothing on standard output."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) != 0
+    captured = capsys.readouterr()
+    message = captured.err.splitlines()[-1]
+    assert message.startswith("normatch: ") and "Traceback" not in captured.err
+    for text in said:
+        assert str(text) in message
+    return captured
+
+
+def test_train_prints_the_configuration_and_the_result(tmp_path, capsys):
+    assert main(["train", *QUICK, "--method", "fixmatch", "--out", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    assert "method: fixmatch" in captured.err and "steps: 4" in captured.err
+    assert "test accuracy" in captured.out and str(tmp_path / "run") in captured.out
+    assert "step 4/4" in captured.err and "views/s" in captured.err and "ETA" in captured.err
+
+
+def test_no_progress_is_quiet(tmp_path, capsys):
+    assert main(["train", *QUICK, "--no-progress", "--out", str(tmp_path / "run")]) == 0
+    assert "views/s" not in capsys.readouterr().err
+
+
+def test_command_line_beats_file_beats_preset(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("steps: 3\nseed: 5\nmu: 1\n")
+    out = tmp_path / "run"
+    arguments = ["train", "digits", *QUICK, "--config", str(tmp_path / "c.yaml"), "--num-labeled", "20"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["seed"], summary["num_labels"]) == (4, 5, 20)
+
+
+def test_eval(run_folder, capsys):
+    capsys.readouterr()
+    assert main(["eval", str(run_folder), "--device", "cpu", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["test_accuracy"] == json.loads((run_folder / "summary.json").read_text())["test_accuracy"]
+    assert main(["eval", str(run_folder / "checkpoints" / "best.pt")]) == 0
+    assert "test_accuracy_flow" in capsys.readouterr().out
+
+
+def test_predict(run_folder, tmp_path, capsys):
+    dataset = load_dataset("digits")
+    for i in range(3):
+        Image.fromarray(dataset.test_images[i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not an image, and not looked at in a folder")
+    capsys.readouterr()
+    assert main(["predict", str(run_folder), str(tmp_path), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = normatch.load(run_folder).predict(dataset.test_images[:3]).tolist()
+    assert [int(r["class"]) for r in rows] == expected
+    assert [r["image"] for r in rows] == [str(tmp_path / f"{i}.png") for i in range(3)]
+    assert main(["predict", str(run_folder), str(tmp_path / "0.png")]) == 0
+    assert capsys.readouterr().out.split("\t")[1] == str(expected[0])
+
+
+def test_predict_resizes_and_converts(run_folder, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (50, 70), dtype=np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (9, 8, 4), dtype=np.uint8)).save(tmp_path / "alpha.png")
+    assert main(["predict", str(run_folder), str(tmp_path)]) == 0
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for text in (normatch.__version__, torch.__version__, "DALI"):
+        assert text in out
+
+
+def test_help_of_train_names_keys_and_published_aliases(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "--num_labels" in out and "--num_labeled" in out and "cifar10-40" in out
+
+
+def test_unknown_key_names_the_nearest(capsys):
+    refused(capsys, ["train", "--num_lables", "40"], "num_labels")
+    refused(capsys, ["train", "--weight-decya=1"], "weight_decay")
+
+
+def test_wrong_type(capsys):
+    refused(capsys, ["train", "--steps", "many"], "steps", "integer", "many")
+    refused(capsys, ["train", "--lr"], "--lr")
+
+
+def test_unknown_method_preset_command(capsys):
+    refused(capsys, ["train", "--method", "fixmach"], "method", "fixmatch")
+    refused(capsys, ["train", "cifr10-40"], "cifar10-40")
+    refused(capsys, ["trian"], "train")
+    refused(capsys, [], "COMMAND")
+
+
+def test_label_count(capsys, tmp_path):
+    refused(capsys, ["train", *QUICK, "--num_labels", "45", "--out", tmp_path / "r"], "45", "40")
+    refused(capsys, ["train", *QUICK, "--num_labels", "50000", "--out", tmp_path / "r"], "50000")
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_data_folder(capsys, tmp_path):
+    folder = tmp_path / "nothing"
+    refused(capsys, ["train", "cifar10-40", "--data_dir", folder, "--out", tmp_path / "r"], folder, "--download")
+
+
+def test_data_set_of_a_later_version(capsys, tmp_path):
+    refused(capsys, ["train", "imagenet-13000", "--out", tmp_path / "r"], "imagenet")
+
+
+def test_batch_larger_than_the_set(capsys, tmp_path):
+    refused(capsys, ["train", *QUICK, "--batch_size", "2000", "--out", tmp_path / "r"], "batch_size", "2000")
+    refused(capsys, ["train", *QUICK, "--uratio", "900", "--out", tmp_path / "r"], "uratio", "900")
+
+
+def test_existing_run_folder_is_refused_and_kept(capsys, run_folder):
+    before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
+    refused(capsys, ["train", *QUICK, "--out", run_folder], run_folder, "--resume", "--overwrite")
+    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_is_not_resumed(capsys, run_folder):
+    arguments = ["train", *QUICK, "--eval_every", "2", "--log_every", "2", "--out", run_folder, "--resume", "auto"]
+    refused(capsys, arguments, "finished")
+
+
+def test_overwrite_replaces_the_folder(run_folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run_folder, out)
+    (out / "leftover").write_text("old")
+    assert main(["train", *QUICK, "--out", str(out), "--overwrite"]) == 0
+    assert not (out / "leftover").exists() and (out / "summary.json").exists()
+
+
+def test_bad_input_does_not_cost_the_old_run_even_with_overwrite(capsys, run_folder):
+    refused(capsys, ["train", *QUICK, "--num_labels", "45", "--out", run_folder, "--overwrite"], "45")
+    assert (run_folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other"])
+def test_unreadable_checkpoint(capsys, run_folder, tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    whole = (run_folder / "checkpoints" / "last.pt").read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "other": b""}[damage])
+    if damage == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    for command in (
+        ["eval", path],
+        ["predict", path, path],
+        ["train", *QUICK, "--resume", path, "--out", tmp_path / "r"],
+    ):
+        refused(capsys, command, path)
+
+
+def test_a_pickle_that_runs_code_is_refused(capsys, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"config": Malicious()}, tmp_path / "bad.pt")
+    refused(capsys, ["eval", tmp_path / "bad.pt"], "bad.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_missing_checkpoint(capsys, tmp_path):
+    refused(capsys, ["eval", tmp_path / "none"], tmp_path / "none")
+
+
+def test_checkpoint_of_another_method_or_setting(capsys, run_folder, tmp_path):
+    resume = ["--resume", run_folder, "--out", tmp_path / "r"]
+    refused(capsys, ["train", *QUICK, "--method", "fixmatch", *resume], "normatch", "fixmatch")
+    refused(capsys, ["train", *QUICK, "--lr", "0.5", *resume], "lr")
+
+
+def test_an_image_that_is_not_one(capsys, run_folder, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for name in ("text.png", "empty.png", "folder", "missing.png"):
+        refused(capsys, ["predict", run_folder, tmp_path / name], name)
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatch):
+    from normatch.methods import METHODS, Supervised
+
+    class Explodes(Supervised):
+        def forward(self, features, logits, y, u_y, step):
+            loss, metrics = super().forward(features, logits, y, u_y, step)
+            return loss / (step < 5), metrics  # infinite from step 5 on
+
+    monkeypatch.setitem(METHODS, "supervised", Explodes)
+    out = tmp_path / "run"
+    arguments = [
+        *QUICK,
+        "--steps",
+        "20",
+        "--eval_every",
+        "4",
+        "--log_every",
+        "2",
+        "--method",
+        "supervised",
+        "--out",
+        out,
+    ]
+    refused(capsys, ["train", *arguments], "NaN", "last.pt")
+    state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_unusable_device(capsys, tmp_path):
+    refused(capsys, ["train", *QUICK[:-1], "gpu", "--out", tmp_path / "r"], "gpu")
+
+
+def test_module_and_exit_status_of_the_process(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "normatch", "train", "--num_lables", "4"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 1 and run.stdout == "" and len(run.stderr.splitlines()) == 1

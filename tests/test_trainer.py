@@ -1,0 +1,233 @@
+"""Whole runs on the bundled digits, small: learning, the run folder, resuming, validation, published behaviour."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import normatch
+from normatch import trainer
+from normatch.config import make_config
+from normatch.data import Split
+from normatch.errors import UserError
+from normatch.run import load_checkpoint
+
+TINY = {
+    "backbone": "wrn-10-1",
+    "batch_size": 8,
+    "uratio": 1,
+    "eval_every": 10,
+    "log_every": 5,
+    "num_workers": 0,
+    "progress": False,
+    "device": "cpu",
+}
+
+
+def tiny(out, **keys):
+    return make_config(out=str(out), **{**TINY, "steps": 10, **keys})
+
+
+def lines(out, kind):
+    return [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def same(a, b):
+    """Whether two nested states are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("method", ["normatch", "fixmatch", "supervised"])
+def test_training_teaches_and_leaves_a_run_folder(tmp_path, method):
+    out = tmp_path / "run"
+    result = normatch.train(
+        tiny(out, method=method, steps=60, batch_size=16, eval_every=30, ema_decay=0.9, bn_momentum=0.1)
+    )
+
+    assert result.out == out and result.test_accuracy > 40  # chance is 10
+    train, evaluations = lines(out, "train"), lines(out, "eval")
+    assert [r["step"] for r in train] == list(range(5, 61, 5)) and [r["step"] for r in evaluations] == [30, 60]
+    assert train[-1]["loss_x"] < 0.6 * train[0]["loss_x"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == result.summary
+    assert {"method", "dataset", "num_labels", "seed", "steps", "test_accuracy", "test_accuracy_flow"} <= summary.keys()
+    assert {"best_test_accuracy", "seconds_total", "seconds_per_step", "views_per_second"} <= summary.keys()
+    assert {"device", "augment_backend", "ops_backend", "resumed_from_step", "protocol"} <= summary.keys()
+    assert summary["test_accuracy"] == evaluations[-1]["test_accuracy"]
+    assert summary["best_test_accuracy"] == max(r["test_accuracy"] for r in evaluations)
+    assert (summary["test_accuracy_flow"] is not None) == (method == "normatch")
+    assert summary["resumed_from_step"] is None
+    assert yaml.safe_load((out / "config.yaml").read_text())["method"] == method
+    assert json.loads((out / "env.json").read_text())["torch"] == torch.__version__
+    assert Split.load(out / "split.npz").sha256 == summary["split_sha256"]
+    assert list((out / "tb").iterdir())
+    for name in ("last", "best"):
+        torch.load(out / "checkpoints" / f"{name}.pt", weights_only=True)
+    assert not list(out.rglob("*.new"))
+
+
+def test_the_reported_metrics_describe_the_pseudo_labels(tmp_path):
+    normatch.train(tiny(tmp_path / "run"))
+    (first, _) = lines(tmp_path / "run", "train")
+    for name in ("mask_ratio", "consensus_ratio", "pseudo_label_accuracy", "flow_pseudo_label_accuracy", "data_wait"):
+        assert 0 <= first[name] <= 1
+    assert first["loss"] > 0 and first["views_per_second"] > 0
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_after(monkeypatch, step):
+    """Let the run die right after the checkpoint of `step` is on the disk."""
+    save = trainer.save_checkpoint
+
+    def save_and_crash(path, state):
+        save(path, state)
+        if state["step"] == step and path.name == "last.pt":
+            raise Crash
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save_and_crash)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"third_voter": "sampled"},  # draws from the generator in every step, as does dropout
+        {"compat": "reference", "warmup_flow": 1024, "steps": 20},  # its prior's gradients are never cleared
+        {"method": "fixmatch", "num_workers": 1, "steps": 20},
+    ],
+    ids=["normatch", "reference", "fixmatch"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, keys):
+    keys = {"steps": 200, **keys}
+    half = keys["steps"] // 2
+    keys |= {"eval_every": half // 2, "log_every": half // 2}
+    normatch.train(tiny(tmp_path / "whole", **keys))
+    crash_after(monkeypatch, half)
+    with pytest.raises(Crash):
+        normatch.train(tiny(tmp_path / "parts", **keys))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "parts")["step"] == half
+
+    result = normatch.train(tiny(tmp_path / "parts", resume="auto", **keys))
+    assert result.summary["resumed_from_step"] == half
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts"))
+    for part in ("model", "ema", "optimizer", "flow_optimizer", "rng", "best", "step"):
+        assert same(whole[part], parts[part]), part
+
+    timing = ("seconds_per_step", "views_per_second", "data_wait")
+    logs = [
+        [
+            {k: v for k, v in r.items() if k not in timing}
+            for kind in ("train", "eval")
+            for r in lines(tmp_path / name, kind)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1], "metrics.jsonl has each step once, with the same figures"
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing(tmp_path):
+    assert normatch.train(tiny(tmp_path / "run", resume="auto")).summary["resumed_from_step"] is None
+
+
+def test_a_checkpoint_can_be_resumed_into_another_folder(tmp_path, monkeypatch):
+    crash_after(monkeypatch, 10)
+    with pytest.raises(Crash):
+        normatch.train(tiny(tmp_path / "a", steps=20))
+    monkeypatch.undo()
+    result = normatch.train(tiny(tmp_path / "b", steps=20, resume=str(tmp_path / "a")))
+    assert result.summary["resumed_from_step"] == 10 and result.out == tmp_path / "b"
+
+
+def test_validation_images_choose_and_the_test_set_is_seen_once(tmp_path):
+    out = tmp_path / "run"
+    result = normatch.train(tiny(out, steps=30, num_val=50))
+    evaluations = lines(out, "eval")
+    assert all("val_accuracy" in r for r in evaluations)
+    assert [("test_accuracy" in r) for r in evaluations] == [False, False, True]
+    assert "validation" in result.summary["protocol"] and "50" in result.summary["protocol"]
+    split = Split.load(out / "split.npz")
+    assert len(split.validation) == 50
+    assert not set(split.validation) & (set(split.labeled) | set(split.unlabeled))
+    best = max(evaluations, key=lambda r: r["val_accuracy"])
+    assert result.summary["best_step"] == best["step"]
+    chosen = normatch.evaluate(out / "checkpoints" / "best.pt")
+    assert result.summary["best_test_accuracy"] == pytest.approx(chosen["test_accuracy"])
+
+
+def test_the_papers_protocol_is_named(tmp_path):
+    assert "paper" in normatch.train(tiny(tmp_path / "run")).summary["protocol"]
+
+
+def test_a_loaded_model_is_the_averaged_one(tmp_path):
+    result = normatch.train(tiny(tmp_path / "run", steps=20, ema_decay=0.5))
+    model = normatch.load(tmp_path / "run")
+    dataset = normatch.data.load_dataset("digits")
+    predicted = model.predict(dataset.test_images)
+    accuracy = 100 * (predicted.numpy() == dataset.test_labels).mean()
+    assert accuracy == pytest.approx(result.test_accuracy)
+    x = normatch.augment.normalize(torch.from_numpy(dataset.test_images[:5]), model.mean, model.std)
+    assert torch.equal(model.logits(x).argmax(1), predicted[:5])
+    scores = normatch.evaluate(tmp_path / "run")
+    assert scores["test_accuracy"] == pytest.approx(result.test_accuracy)
+    assert scores["test_accuracy_flow"] == pytest.approx(result.summary["test_accuracy_flow"])
+
+
+def test_any_module_can_be_the_backbone(tmp_path):
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4), nn.ReLU())
+    result = normatch.train(tiny(tmp_path / "run"), backbone=backbone)
+    assert load_checkpoint(tmp_path / "run")["model"]["classifier.fc.weight"].shape == (10, 6)
+    with pytest.raises(UserError, match="backbone of your own"):
+        normatch.load(result.out)
+
+
+def test_config_can_be_a_preset_or_keys(tmp_path):
+    first = normatch.train("digits", out=str(tmp_path / "a"), **{**TINY, "steps": 5})
+    second = normatch.train({**TINY, "steps": 5, "out": str(tmp_path / "b")}, seed=1)
+    assert (first.summary["seed"], second.summary["seed"]) == (0, 1)
+    assert first.summary["split_sha256"] != second.summary["split_sha256"]
+
+
+def test_bf16_autocast_trains(tmp_path):
+    normatch.train(tiny(tmp_path / "run", precision="bf16"))
+    assert lines(tmp_path / "run", "train")[-1]["loss"] > 0
+
+
+def test_reference_flow_loses_its_dropout_after_the_first_epoch():
+    config = tiny("unused", compat="reference", steps=2000)
+    state = trainer.TrainingState(config, normatch.data.load_dataset("digits"), None, torch.device("cpu"))
+    state.objective.train()
+    for step, expected in ((1023, True), (1024, False)):
+        state.step = step
+        state.begin_step()
+        assert state.flows[0].training is expected
+
+
+def test_reference_uses_the_live_flow_and_the_raw_transition(tmp_path):
+    config = tiny(tmp_path / "run", compat="reference", warmup_flow=0)
+    result = normatch.train(config)
+    model = normatch.load(tmp_path / "run")
+    assert model.classifier.backbone.block2.layer[0].raw
+    state = load_checkpoint(tmp_path / "run")
+    assert torch.equal(model.flows[0].means, state["model"]["method.flows.0.means"])
+    assert not torch.equal(state["ema"]["method.flows.0.means"], state["model"]["method.flows.0.means"])
+    scores = normatch.evaluate(tmp_path / "run")
+    assert scores["test_accuracy_flow"] == pytest.approx(result.summary["test_accuracy_flow"])
+
+
+def test_compiled_training_gives_the_same_losses(tmp_path):
+    keys = {"steps": 4, "log_every": 1, "dropout": 0.0}
+    for name, flag in (("eager", False), ("compiled", True)):
+        normatch.train(tiny(tmp_path / name, compile=flag, **keys))
+    eager, compiled = ([r["loss"] for r in lines(tmp_path / name, "train")] for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
