@@ -85,4 +85,5 @@ def make_loader(views: StepViews, start: int, stop: int, num_workers: int = 0, p
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=fork,
+        generator=torch.Generator(),  # its seed is of no use here: leave the global generator alone
     )
