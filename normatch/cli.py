@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(f"normatch: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         print("normatch: interrupted", file=sys.stderr)
         return 130

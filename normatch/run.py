@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class Run:
         return self.folder / "checkpoints" / "last.pt"
 
     @property
+    def previous(self) -> Path:
+        """The checkpoint before the last: what is left where the last turns out to be damaged."""
+        return self.folder / "checkpoints" / "previous.pt"
+
+    @property
     def best(self) -> Path:
         return self.folder / "checkpoints" / "best.pt"
 
@@ -41,7 +47,7 @@ class Run:
         """The checkpoint that `config.resume` asks for, or None for a fresh start; refuses an existing folder."""
         state = None
         if config.resume == "auto":
-            state = load_checkpoint(self.last) if self.last.exists() else None
+            state = self._newest_checkpoint()
         elif config.resume:
             state = load_checkpoint(config.resume)
         if state is not None:
@@ -53,12 +59,45 @@ class Run:
             )
         return state
 
+    def _newest_checkpoint(self) -> dict | None:
+        """The last checkpoint, or where that is damaged the one before, saying so; None where there is none."""
+        damaged = None
+        for path in (self.last, self.previous):
+            if path.exists():
+                try:
+                    state = load_checkpoint(path)
+                except UserError as error:
+                    damaged = damaged or error
+                    continue
+                if damaged:
+                    print(f"normatch: {damaged}; going on from {path}, step {state['step']}", file=sys.stderr)
+                return state
+        if damaged:
+            raise damaged
+        return None
+
+    def save(self, state: dict, improved: bool):
+        """Write the last checkpoint, keep the one before it, and where it `improved` write the best one too."""
+        if self.last.exists():
+            link = self.previous.with_suffix(".new")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(self.last, link)  # a second name for the same bytes: there is a last.pt at every moment
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.last, link)
+            os.replace(link, self.previous)
+        save_checkpoint(self.last, state)
+        if improved:
+            save_checkpoint(self.best, state)
+
     def open(self, config: Config, device: torch.device, resumed_from: int):
         """Make the folder, or on resume cut its metrics back to step `resumed_from`."""
         if config.overwrite and not resumed_from and self.folder.exists():
             shutil.rmtree(self.folder)
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.last.parent.glob("*.new"):  # left by a process that was killed while writing
+                unfinished.unlink()
         except OSError as error:
             raise UserError(f"the run folder {self.folder} cannot be made: {error}") from None
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -112,6 +151,9 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,8 +1,10 @@
 """Training, from configuration to summary, in reading order."""
 
 import math
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +19,12 @@ from .augment import normalize
 from .backbones import Classifier, build_backbone
 from .config import Config, make_config
 from .data import load_dataset, split_labels
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .evaluation import accuracy
 from .loader import StepViews, make_loader
 from .methods import METHODS
 from .optim import EMA, cosine_7_16, decay_groups
-from .run import Run, device_name, save_checkpoint
+from .run import Run, device_name
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     loader = make_loader(views, start, config.steps, workers, pin_memory=device.type == "cuda")
     images_per_step = config.batch_size * (1 + 2 * uratio)
     report = Progress(config, start)
-    meter, clock = Meter(), Clock(state.seconds)
+    clock = Clock(state.seconds)
     mean, std = (torch.tensor(v, device=device) for v in (dataset.mean, dataset.std))
     state.objective.train()
+    stop = StopRequest()
     try:
         batches = iter(loader)
         while state.step < config.steps:
@@ -99,13 +102,13 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                 loss, metrics = forward(x, y, u_y, torch.tensor(state.step))
             loss.backward()
             state.update()
-            meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
+            state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
             clock.step_done()
 
             last = state.step == config.steps
             evaluating = last or state.step % config.eval_every == 0
             if evaluating or state.step % config.log_every == 0:
-                values = {**meter.read(), "lr": lr, **clock.read(images_per_step)}
+                values = {**state.meter.read(), "lr": lr, **clock.read(images_per_step)}
                 if not math.isfinite(values["loss"]):  # one NaN in the window makes its mean NaN
                     kept = f"; the last good checkpoint is {run.last}" if run.last.exists() else ""
                     raise UserError(
@@ -125,13 +128,20 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                     state.best = {"accuracy": chosen, "step": state.step}
                 report.evaluation(state.step, scores)
                 state.seconds = clock.total()
-                content = state.content(split)
-                save_checkpoint(run.last, content)
-                if improved:
-                    save_checkpoint(run.best, content)
-    except KeyboardInterrupt:
-        raise UserError(f"stopped after step {state.step}; go on from {run.last} with --resume auto") from None
+                run.save(state.content(split), improved)
+            if stop.signal and not last:
+                if not evaluating:
+                    state.seconds = clock.total()
+                    run.save(state.content(split), improved=False)
+                raise Interrupted(
+                    f"stopped at step {state.step} of {config.steps}, which is saved: "
+                    f"go on with --resume auto --out {run.folder}",
+                    stop.signal,
+                )
+    except OSError as error:
+        raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
     finally:
+        stop.restore()
         report.close()
         run.close()
 
@@ -214,6 +224,7 @@ class TrainingState:
                 self.flows.parameters(), lr=config.flow_lr, weight_decay=config.weight_decay
             )
         self.ema = EMA(self.objective, config.ema_decay)
+        self.meter = Meter()  # of the steps since the last log point
         self.step = 0  # optimiser steps done
         self.best = None  # {"accuracy", "step"} of the best evaluation
         self.seconds = 0.0  # of training so far, evaluations included
@@ -272,6 +283,7 @@ class TrainingState:
             "step": self.step,
             "best": self.best,
             "seconds": self.seconds,
+            "meter": self.meter.total,
             "model": self.objective.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -300,6 +312,7 @@ class TrainingState:
             for parameter, gradient in zip(priors, content["prior_gradients"], strict=True):
                 parameter.grad = None if gradient is None else gradient.to(self.device)
         self.step, self.best, self.seconds = content["step"], content["best"], content["seconds"]
+        self.meter.total = None if content["meter"] is None else content["meter"].to(self.device)
         torch.set_rng_state(content["rng"])
         if self.device.type == "cuda" and content["rng_cuda"] is not None:
             torch.cuda.set_rng_state(content["rng_cuda"], self.device)
@@ -363,6 +376,25 @@ class Meter:
         }
         self.total = None
         return values
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM, so that the step in progress ends and is saved; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self.signal = None
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _remember(self, number, frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """Whole runs on the bundled digits, small: learning, the run folder, resuming, validation, published behaviour."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from normatch import trainer
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.run import load_checkpoint
+from normatch.run import Run, load_checkpoint
 
 TINY = {
     "backbone": "wrn-10-1",
@@ -88,14 +89,14 @@ class Crash(Exception):
 
 def crash_after(monkeypatch, step):
     """Let the run die right after the checkpoint of `step` is on the disk."""
-    save = trainer.save_checkpoint
+    save = Run.save
 
-    def save_and_crash(path, state):
-        save(path, state)
-        if state["step"] == step and path.name == "last.pt":
+    def save_and_crash(run, state, improved):
+        save(run, state, improved)
+        if state["step"] == step:
             raise Crash
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save_and_crash)
+    monkeypatch.setattr(Run, "save", save_and_crash)
 
 
 @pytest.mark.parametrize(
@@ -124,16 +125,78 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, keys):
     for part in ("model", "ema", "optimizer", "flow_optimizer", "rng", "best", "step"):
         assert same(whole[part], parts[part]), part
 
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts"), "each step once, with the same figures"
+
+
+def figures(out):
+    """The lines of metrics.jsonl without what depends on the clock."""
     timing = ("seconds_per_step", "views_per_second", "data_wait")
-    logs = [
-        [
-            {k: v for k, v in r.items() if k not in timing}
-            for kind in ("train", "eval")
-            for r in lines(tmp_path / name, kind)
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert logs[0] == logs[1], "metrics.jsonl has each step once, with the same figures"
+    return [{k: v for k, v in r.items() if k not in timing} for kind in ("train", "eval") for r in lines(out, kind)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_in_progress(tmp_path, monkeypatch, number):
+    normatch.train(tiny(tmp_path / "whole", steps=20))
+    update = trainer.TrainingState.update
+
+    def update_and_signal(state):
+        update(state)
+        if state.step == 7:  # between two log points and two evaluations
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(trainer.TrainingState, "update", update_and_signal)
+    before = signal.getsignal(number)
+    with pytest.raises(UserError, match="step 7 of 20") as stopped:
+        normatch.train(tiny(tmp_path / "parts", steps=20))
+    monkeypatch.undo()
+    assert stopped.value.status == 128 + number and signal.getsignal(number) is before
+    normatch.train(tiny(tmp_path / "parts", steps=20, resume="auto"))
+    whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert same(whole["model"], parts["model"]) and same(whole["ema"], parts["ema"])
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, capsys, damage):
+    crash_after(monkeypatch, 20)
+    with pytest.raises(Crash):
+        normatch.train(tiny(tmp_path / "run", steps=30))
+    monkeypatch.undo()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 0x10
+    last.write_bytes({"truncated": content[:1000], "flipped": content, "empty": b""}[damage])
+    result = normatch.train(tiny(tmp_path / "run", steps=30, resume="auto"))
+    assert result.summary["resumed_from_step"] == 10
+    message = capsys.readouterr().err
+    assert "last.pt" in message and "previous.pt" in message and "step 10" in message
+
+
+def test_an_unfinished_file_of_a_killed_process_is_cleared(tmp_path, monkeypatch):
+    crash_after(monkeypatch, 10)
+    with pytest.raises(Crash):
+        normatch.train(tiny(tmp_path / "run", steps=20))
+    monkeypatch.undo()
+    (tmp_path / "run" / "checkpoints" / "last.new").write_bytes(b"half a checkpoint")
+    normatch.train(tiny(tmp_path / "run", steps=20, resume="auto"))
+    assert not list((tmp_path / "run").rglob("*.new"))
+
+
+def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] == 20:
+            file.write(b"x" * 100)
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        normatch.train(tiny(tmp_path / "run", steps=30))
+    assert load_checkpoint(tmp_path / "run")["step"] == 10
+    assert not list((tmp_path / "run").rglob("*.new"))
 
 
 def test_resume_auto_starts_afresh_where_there_is_nothing(tmp_path):
