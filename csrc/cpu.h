@@ -1,0 +1,295 @@
+// Vectors and threads for the CPU kernels.
+//
+// A kernel is written once over a vector type V and compiled for AVX-512, AVX2 and the baseline inside one
+// binary; vectorised() runs the best that this machine has. Vectors are the compiler's own (vector_size), so
+// that the code generated does not depend on the auto-vectoriser. double is only there for gradcheck: V =
+// double, one lane.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "portable.h"
+#include "tensors.h"
+
+// On a lambda: inline it, so that it is compiled for the instruction set of its caller.
+#define NM_INLINE __attribute__((always_inline))
+
+namespace normatch {
+
+// ---- vectors
+// -----------------------------------------------------------------------------------------------------
+
+template <int L>
+struct VectorTypes {
+  typedef float Float __attribute__((vector_size(4 * L)));
+  typedef int32_t Int __attribute__((vector_size(4 * L)));
+  typedef uint32_t Bits __attribute__((vector_size(4 * L)));
+  typedef uint16_t Narrow __attribute__((vector_size(2 * L)));
+};
+template <int L>
+using Vec = typename VectorTypes<L>::Float;
+
+template <typename V>
+constexpr int kLanes = sizeof(V) / sizeof(float);
+template <>
+inline constexpr int kLanes<double> = 1;
+
+// exp and tanh to about 1 ulp. The polynomials are minimax fits (Remez exchange in 40 digits, then rounded):
+//   exp(r) = 1 + r + r^2 P(r) on |r| <= ln(2)/2, relative error 2^-28
+//   tanh(x) = x + x^3 Q(x^2) on |x| <= 0.625, relative error 2^-28; above it 1 - 2 / (exp(2x) + 1)
+template <int L>
+struct VectorMath {
+  using F = typename VectorTypes<L>::Float;
+  using I = typename VectorTypes<L>::Int;
+
+  static NM_HD F exp(F x) {
+    x = x < -104.0f ? F{} - 104.0f : x;  // exp(-104) rounds to 0, exp(89) to infinity; NaN passes
+    x = x > 89.0f ? F{} + 89.0f : x;
+    I n;
+    const F p = reduced(x, n);
+    const I half = n >> 1;  // two factors, because 2^n alone leaves the range before p * 2^n does
+    return p * power_of_two(half) * power_of_two(n - half);
+  }
+
+  static NM_HD F tanh(F x) {
+    const F magnitude = (F)((I)x & 0x7fffffff);
+    const F u = x * x;
+    F q = u * -0.00571704549346f + 0.0206505877118f;
+    q = q * u - 0.0537434982166f;
+    q = q * u + 0.133314912887f;
+    q = q * u - 0.333332839254f;
+    const F small = x + x * u * q;
+    I n;
+    const F bounded = magnitude > 10.0f ? F{} + 10.0f : magnitude;  // tanh(10) rounds to 1
+    const F p = reduced(bounded + bounded, n);
+    const F large = 1.0f - 2.0f / (p * power_of_two(n) + 1.0f);
+    const F signed_large = (F)((I)large | ((I)x & int32_t(0x80000000)));
+    return magnitude < 0.625f ? small : signed_large;
+  }
+
+ private:
+  // exp(x) = result * 2^n
+  static NM_HD F reduced(F x, I& n) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const F shifted = x * 1.44269504089f + kRound;
+    n = (I)shifted - 0x4b400000;
+    const F k = shifted - kRound;
+    const F r = (x - k * 0.693359375f) - k * -2.12194440055e-4f;  // ln 2 in two parts, the first exact in products
+    F p = r * 0.00138144670593f + 0.00836878041118f;
+    p = p * r + 0.0416683942109f;
+    p = p * r + 0.166665201078f;
+    p = p * r + 0.499999934125f;
+    return 1.0f + (r + r * r * p);
+  }
+
+  static NM_HD F power_of_two(I n) { return (F)((n + 127) << 23); }
+};
+template <>
+struct Math<Vec<4>> : VectorMath<4> {};
+template <>
+struct Math<Vec<8>> : VectorMath<8> {};
+template <>
+struct Math<Vec<16>> : VectorMath<16> {};
+
+template <typename V, typename T>
+NM_HD V load(const T* p) {
+  if constexpr (std::is_same_v<V, double>) {
+    return *p;
+  } else if constexpr (std::is_same_v<T, float>) {
+    V v;
+    memcpy(&v, p, sizeof(V));
+    return v;
+  } else {
+    using Types = VectorTypes<kLanes<V>>;
+    using Bits = typename Types::Bits;
+    typename Types::Narrow narrow;
+    memcpy(&narrow, p, sizeof(narrow));
+    const Bits bits = __builtin_convertvector(narrow, Bits);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return (V)(bits << 16);
+    } else {
+      const Bits magnitude = bits & 0x7fffu;
+      const V normal = (V)((magnitude << 13) + (112u << 23));
+      const V special = (V)((magnitude << 13) | 0x7f800000u);
+      const V subnormal = __builtin_convertvector((typename Types::Int)magnitude, V) * 0x1p-24f;
+      const V value = magnitude < 0x400u ? subnormal : (magnitude >= 0x7c00u ? special : normal);
+      return (V)((Bits)value | ((bits & 0x8000u) << 16));
+    }
+  }
+}
+
+template <typename V, typename T>
+NM_HD void store(T* p, V v) {
+  if constexpr (std::is_same_v<V, double>) {
+    *p = v;
+  } else if constexpr (std::is_same_v<T, float>) {
+    memcpy(p, &v, sizeof(V));
+  } else {
+    using Types = VectorTypes<kLanes<V>>;
+    using Bits = typename Types::Bits;
+    const Bits bits = (Bits)v;
+    const Bits magnitude = bits & 0x7fffffffu;
+    Bits out;
+    if constexpr (std::is_same_v<T, BFloat16>) {  // round to nearest even
+      out = magnitude > 0x7f800000u ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    } else {
+      const Bits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+      const Bits subnormal = (Bits)((V)magnitude + 0.5f) - 0x3f000000u;  // the addition rounds to multiples of 2^-24
+      out = magnitude < 0x38800000u ? subnormal : normal;
+      out = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : out;
+      out = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : out;
+      out |= (bits >> 16) & 0x8000u;
+    }
+    const auto narrow = __builtin_convertvector(out, typename Types::Narrow);
+    memcpy(p, &narrow, sizeof(narrow));
+  }
+}
+
+// The first n < kLanes<V> values; the other lanes are zero.
+template <typename V, typename T>
+NM_HD V load_first(const T* p, int64_t n) {
+  alignas(64) unsigned char buffer[kLanes<V> * sizeof(T)] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  return load<V>(reinterpret_cast<const T*>(buffer));
+}
+
+template <typename V, typename T>
+NM_HD void store_first(T* p, V v, int64_t n) {
+  alignas(64) unsigned char buffer[kLanes<V> * sizeof(T)];
+  store<V>(reinterpret_cast<T*>(buffer), v);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+// Calls f(column, load, store) over [0, width) in whole vectors and one partial vector at the end; both
+// arguments are called as load(pointer) and store(pointer, value).
+template <typename V, typename F>
+NM_HD void for_columns(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + kLanes<V> <= end; j += kLanes<V>)
+    f(j, [](const auto* p) NM_INLINE { return load<V>(p); }, [](auto* p, V v) NM_INLINE { store<V>(p, v); });
+  if (j < end) {
+    const int64_t n = end - j;
+    f(
+        j, [n](const auto* p) NM_INLINE { return load_first<V>(p, n); },
+        [n](auto* p, V v) NM_INLINE { store_first<V>(p, v, n); });
+  }
+}
+
+// The sum of the lanes of a vector of Size bytes, halves upon halves.
+template <int Size, typename V>
+NM_HD auto halves_sum(V v) {
+  using Lane = std::decay_t<decltype(v[0])>;
+  if constexpr (Size == 2 * sizeof(Lane)) {
+    return Lane(v[0] + v[1]);
+  } else {
+    typedef Lane Half __attribute__((vector_size(Size / 2)));
+    Half low, high;
+    memcpy(&low, &v, sizeof(low));
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return halves_sum<Size / 2>(low + high);
+  }
+}
+
+template <typename V>
+NM_HD auto horizontal_sum(V v) {
+  if constexpr (std::is_same_v<V, double>)
+    return v;
+  else
+    return halves_sum<sizeof(V)>(v);
+}
+
+// The same in double: what the lanes' sums lose by cancelling is not lost twice.
+template <typename V>
+NM_HD double exact_sum(V v) {
+  if constexpr (std::is_same_v<V, double>) {
+    return v;
+  } else {
+    typedef double Doubles __attribute__((vector_size(2 * sizeof(V))));
+    const Doubles wide = __builtin_convertvector(v, Doubles);
+    return halves_sum<2 * sizeof(V)>(wide);
+  }
+}
+
+// The sum over [0, width) of f(column, load, store), a vector of terms: in vectors over blocks, the blocks in
+// double.
+template <typename V, typename F>
+NM_HD double blocked_sum(int64_t width, const F& f) {
+  constexpr int64_t kBlock = 16 * kLanes<V>;
+  double total = 0;
+  for (int64_t begin = 0; begin < width; begin += kBlock) {
+    V sum{};
+    for_columns<V>(begin, std::min(begin + kBlock, width),
+                   [&](int64_t j, const auto& load, const auto& store) NM_INLINE { sum += f(j, load, store); });
+    total += exact_sum(sum);
+  }
+  return total;
+}
+
+// ---- instruction sets
+// --------------------------------------------------------------------------------------------
+
+enum class Capability { kBaseline, kAvx2, kAvx512 };
+Capability cpu_capability();  // the best this machine has; PyTorch's ATEN_CPU_CAPABILITY lowers it
+
+template <typename V>
+struct Lanes {
+  using type = V;
+};
+
+#if defined(__x86_64__)
+template <typename F>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))) void run_avx512(const F& f) {
+  f(Lanes<Vec<16>>{});
+}
+template <typename F>
+__attribute__((target("avx2,fma,f16c,bmi2"))) void run_avx2(const F& f) {
+  f(Lanes<Vec<8>>{});
+}
+#endif
+
+// Calls f(Lanes<V>{}) with the widest V for values of type T. f must be an always_inline lambda: inlined into
+// one of the functions above it is compiled for their instruction set.
+template <typename T, typename F>
+void vectorised(const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    f(Lanes<double>{});
+  } else {
+#if defined(__x86_64__)
+    switch (cpu_capability()) {
+      case Capability::kAvx512:
+        return run_avx512(f);
+      case Capability::kAvx2:
+        return run_avx2(f);
+      case Capability::kBaseline:
+        break;
+    }
+#endif
+    f(Lanes<Vec<4>>{});
+  }
+}
+
+// ---- tensors and threads
+// -----------------------------------------------------------------------------------------
+
+// f(begin, end) over [0, rows) on all threads, each with enough work to pay for waking it.
+template <typename F>
+void parallel_rows(int64_t rows, int64_t work_per_row, const F& f) {
+  constexpr int64_t kWork = 16384;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWork / std::max<int64_t>(1, work_per_row)), f);
+}
+
+// Rows cut into chunks for sums over rows: each chunk is summed by one thread, then the chunks in order. The
+// cut depends on the sizes alone, never on the number of threads, so the sum has the same bits on every run.
+struct Chunks {
+  int64_t total, rows, count;
+  Chunks(int64_t total, int64_t at_least, int64_t at_most)
+      : total(total),
+        rows(std::max<int64_t>(at_least, (total + at_most - 1) / at_most)),
+        count((total + rows - 1) / rows) {}
+  int64_t begin(int64_t chunk) const { return chunk * rows; }
+  int64_t end(int64_t chunk) const { return std::min(total, (chunk + 1) * rows); }
+};
+
+}  // namespace normatch

@@ -1,0 +1,37 @@
+// The Python face of the extension: importing it registers the ops; build_info() says what was built.
+// Compiled without PyTorch's headers, whose own copy of pybind11 refuses a stable-ABI target.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace normatch {
+const char* cpu_capability_name();
+}
+
+#ifdef NM_EMULATE
+namespace emulator {
+bool reversed();
+}
+#endif
+
+static py::dict build_info() {
+  py::dict info;
+  info["compiler"] = NORMATCH_COMPILER;
+  info["torch_target"] = NORMATCH_TORCH_TARGET;
+  info["built_with_torch"] = NORMATCH_BUILT_WITH_TORCH;
+  info["cuda"] = NORMATCH_CUDA_VERSION;  // "" for a build without nvcc
+  info["cuda_architectures"] = NORMATCH_CUDA_ARCHITECTURES;
+  info["cpu_capability"] = normatch::cpu_capability_name();
+#ifdef NM_EMULATE
+  info["emulated"] = true;
+  info["thread_order"] = emulator::reversed() ? "reversed" : "forward";
+#else
+  info["emulated"] = false;
+#endif
+  return info;
+}
+
+PYBIND11_MODULE(NORMATCH_MODULE, m) {
+  m.doc() = "normatch's compiled ops";
+  m.def("build_info", &build_info, "What this extension was built with, as a dictionary of plain values.");
+}

@@ -1,0 +1,19 @@
+// Every op's schema, once. The kernels are in <stem>.cpp and <stem>.cu; fake kernels and gradients are in
+// normatch/ops.py. All ops are functional: no argument is written to.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(normatch, m) {
+  m.def("affine_coupling(Tensor x, Tensor s_raw, Tensor t, Tensor gain) -> (Tensor, Tensor)");
+  m.def(
+      "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor y, Tensor s_raw, Tensor gain)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("affine_coupling_inverse(Tensor y, Tensor s_raw, Tensor t, Tensor gain) -> Tensor");
+  m.def(
+      "affine_coupling_inverse_backward(Tensor grad_x, Tensor y, Tensor s_raw, Tensor gain)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("logdet(Tensor log_scale) -> Tensor");
+  m.def("gmm_log_prob(Tensor z, Tensor means, Tensor rho, Tensor logits, float eps) -> Tensor");
+  m.def(
+      "gmm_log_prob_backward(Tensor grad, Tensor z, Tensor means, Tensor rho, Tensor logits, float eps)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+}

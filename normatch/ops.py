@@ -1,0 +1,330 @@
+"""Fused ops of a normalizing-flow head: affine coupling, log-determinant, Gaussian-mixture log-likelihood.
+
+Each op is a kernel in `csrc/<op>.cpp` (and `.cu`), registered with PyTorch as `normatch::<op>`, with its fake kernel
+and its gradient here beside the public function. The public functions check their arguments, so that an error names
+the argument before any kernel runs; all of them are differentiable once, trace under `torch.compile(fullgraph=True)`,
+and write to none of their arguments. Where no kernel is built (no extension, another device), `normatch.reference`
+does the same in plain PyTorch.
+
+float32, bfloat16, float16 and float64 (which is there for gradient checks). Sums are made in float32, and
+log-determinants and log-likelihoods are returned in it, in nats; for float64 all in float64.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from normatch import reference
+from normatch.reference import accumulation_dtype
+
+__all__ = ["affine_coupling", "affine_coupling_inverse", "backend", "gmm_log_prob", "logdet"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MODULES = {"default": "normatch._C", "emulated": "normatch._C_emulated"}
+
+
+def _load() -> tuple[str, str, dict]:
+    """Imports the extension NORMATCH_LIB names, which registers the ops: (backend, reason, build info)."""
+    choice = os.environ.get("NORMATCH_LIB", "default")
+    if choice == "none":
+        return "reference", "NORMATCH_LIB=none", {}
+    if choice not in _MODULES:
+        raise ImportError(f"NORMATCH_LIB is {choice!r}, but may be default, emulated or none")
+    try:
+        module = importlib.import_module(_MODULES[choice])
+    except ImportError as error:
+        if choice == "emulated":
+            raise
+        missing = isinstance(error, ModuleNotFoundError) and error.name == _MODULES[choice]
+        reason = "the compiled extension is not installed" if missing else f"the extension does not load: {error}"
+        warnings.warn(f"normatch runs on plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+        return "reference", reason, {}
+    return ("compiled" if choice == "default" else choice), f"from {module.__file__}", module.build_info()
+
+
+_NAME, _REASON, _BUILD_INFO = _load()
+
+
+def backend() -> tuple[str, str]:
+    """(name, reason): where the ops come from, "compiled", "emulated" or "reference", and why."""
+    return _NAME, _REASON
+
+
+def build_info() -> dict:
+    """What the extension was built with; empty without one."""
+    return dict(_BUILD_INFO)
+
+
+def _devices_of(op: str) -> frozenset[str]:
+    if not _BUILD_INFO:
+        return frozenset()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(device for device, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has_kernel(f"normatch::{op}", key))
+
+
+_KERNELS = {op: _devices_of(op) for op in ("affine_coupling", "affine_coupling_inverse", "logdet", "gmm_log_prob")}
+
+
+def kernels() -> dict[str, frozenset[str]]:
+    """op -> the device types it has a kernel for."""
+    return dict(_KERNELS)
+
+
+def _register(op: str, fake: Callable, backward: Callable | None = None, save: Callable | None = None) -> None:
+    """Gives normatch::<op> its fake kernel and, for a differentiable op, its gradient."""
+    if not _BUILD_INFO:
+        return
+    torch.library.register_fake(f"normatch::{op}", fake)
+    torch.library.register_autograd(f"normatch::{op}", backward or _no_second_derivative(op), setup_context=save)
+
+
+def _no_second_derivative(op: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"normatch::{op} cannot be differentiated: the ops have first derivatives only; "
+            "normatch.reference has all of them"
+        )
+
+    return backward
+
+
+# ---- argument checks ----------------------------------------------------------------------------------------------
+
+
+def _check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
+
+
+def _check_float(op: str, name: str, value: Tensor) -> None:
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, not {value.dtype}")
+
+
+def _check_dims(op: str, name: str, value: Tensor, shape: str) -> None:
+    if value.dim() != shape.count(",") + (not shape.endswith(",)")):
+        raise ValueError(f"{op}: {name} must have shape {shape}, not {tuple(value.shape)}")
+
+
+def _check_shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], like: str) -> None:
+    if value.shape != expected:
+        raise ValueError(f"{op}: {name} must have shape {tuple(expected)} to go with {like}, not {tuple(value.shape)}")
+
+
+def _check_same(op: str, name: str, value: Tensor, first_name: str, first: Tensor, dtype: bool) -> None:
+    if value.device != first.device:
+        raise ValueError(f"{op}: {name} is on {value.device}, but {first_name} on {first.device}")
+    if dtype and value.dtype != first.dtype:
+        raise TypeError(f"{op}: {name} is {value.dtype}, but {first_name} {first.dtype}")
+
+
+def _check_coupling(op: str, name: str, x: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> None:
+    _check_tensor(op, name, x)
+    _check_float(op, name, x)
+    _check_dims(op, name, x, "(N, H)")
+    for other, value in (("s_raw", s_raw), ("t", t)):
+        _check_tensor(op, other, value)
+        _check_shape(op, other, value, x.shape, name)
+        _check_same(op, other, value, name, x, dtype=True)
+    _check_tensor(op, "gain", gain)
+    _check_float(op, "gain", gain)
+    _check_shape(op, "gain", gain, x.shape[1:], name)
+    _check_same(op, "gain", gain, name, x, dtype=False)
+
+
+# ---- affine coupling ----------------------------------------------------------------------------------------------
+
+
+def affine_coupling(x: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """x, s_raw, t: (N, H), gain: (H,) -> y: (N, H), logdet: (N,).
+
+    The changed half of an affine coupling layer (RealNVP: Dinh, Sohl-Dickstein and Bengio, ICLR 2017, eqs. 4-6) in
+    the form of NorMatch, which translates first and bounds the scale by a tanh with a gain per feature:
+
+        s = gain * tanh(s_raw),   y = (x + t) * exp(s),   logdet_n = sum_h s_nh
+
+    y has the dtype of x; logdet, in nats, is float32 (float64 for float64). gain may have any float dtype and is
+    cast to the dtype of logdet. Rows may be strided (a half of a wider matrix): no copy is made.
+
+    Raises TypeError for an argument that is no float tensor or for s_raw, t of another dtype than x, and ValueError
+    for a wrong shape or mixed devices; the message names the argument.
+    """
+    _check_coupling("affine_coupling", "x", x, s_raw, t, gain)
+    if x.device.type not in _KERNELS["affine_coupling"]:
+        return reference.affine_coupling(x, s_raw, t, gain)
+    gain = gain.to(accumulation_dtype(x.dtype))
+    return torch.ops.normatch.affine_coupling.default(x, s_raw, t, gain)
+
+
+def _affine_coupling_fake(x, s_raw, t, gain):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+
+
+def _affine_coupling_save(ctx, inputs, output):
+    _, s_raw, _, gain = inputs
+    ctx.save_for_backward(output[0], s_raw, gain)  # dy/ds = y: neither x nor t is kept
+
+
+def _affine_coupling_backward(ctx, grad_y, grad_logdet):
+    grad_x, grad_s_raw, grad_gain = torch.ops.normatch.affine_coupling_backward.default(
+        grad_y, grad_logdet, *ctx.saved_tensors
+    )
+    return grad_x, grad_s_raw, grad_x, grad_gain  # x and t enter as their sum
+
+
+def _affine_coupling_backward_fake(grad_y, grad_logdet, y, s_raw, gain):
+    return y.new_empty(y.shape), y.new_empty(y.shape), gain.new_empty(gain.shape)
+
+
+_register("affine_coupling", _affine_coupling_fake, _affine_coupling_backward, _affine_coupling_save)
+_register("affine_coupling_backward", _affine_coupling_backward_fake)
+
+
+def affine_coupling_inverse(y: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> Tensor:
+    """y, s_raw, t: (N, H), gain: (H,) -> x: (N, H).
+
+    What `affine_coupling` maps to y: x = y * exp(-gain * tanh(s_raw)) - t. Arguments and errors as there.
+    """
+    _check_coupling("affine_coupling_inverse", "y", y, s_raw, t, gain)
+    if y.device.type not in _KERNELS["affine_coupling_inverse"]:
+        return reference.affine_coupling_inverse(y, s_raw, t, gain)
+    gain = gain.to(accumulation_dtype(y.dtype))
+    return torch.ops.normatch.affine_coupling_inverse.default(y, s_raw, t, gain)
+
+
+def _affine_coupling_inverse_fake(y, s_raw, t, gain):
+    return y.new_empty(y.shape)
+
+
+def _affine_coupling_inverse_save(ctx, inputs, output):
+    y, s_raw, _, gain = inputs
+    ctx.save_for_backward(y, s_raw, gain)
+
+
+def _affine_coupling_inverse_backward(ctx, grad_x):
+    grad_y, grad_s_raw, grad_gain = torch.ops.normatch.affine_coupling_inverse_backward.default(
+        grad_x, *ctx.saved_tensors
+    )
+    return grad_y, grad_s_raw, -grad_x, grad_gain
+
+
+def _affine_coupling_inverse_backward_fake(grad_x, y, s_raw, gain):
+    return y.new_empty(y.shape), y.new_empty(y.shape), gain.new_empty(gain.shape)
+
+
+_register(
+    "affine_coupling_inverse",
+    _affine_coupling_inverse_fake,
+    _affine_coupling_inverse_backward,
+    _affine_coupling_inverse_save,
+)
+_register("affine_coupling_inverse_backward", _affine_coupling_inverse_backward_fake)
+
+
+# ---- log-determinant ----------------------------------------------------------------------------------------------
+
+
+def logdet(log_scale: Tensor) -> Tensor:
+    """log_scale: (N, ...) -> (N,).
+
+    The log-determinant of an elementwise scaling, logdet_n = sum of log_scale[n] (RealNVP: Dinh, Sohl-Dickstein and
+    Bengio, ICLR 2017, eq. 6), in nats, summed and returned in float32 (float64 for float64). Contiguous and
+    channels-last tensors, and strided rows of them, are read in place; other layouts are copied first.
+
+    Raises TypeError for an argument that is no float tensor, ValueError for one without dimensions.
+    """
+    _check_tensor("logdet", "log_scale", log_scale)
+    _check_float("logdet", "log_scale", log_scale)
+    if log_scale.dim() == 0:
+        raise ValueError("logdet: log_scale must have shape (N, ...), not ()")
+    if log_scale.device.type not in _KERNELS["logdet"]:
+        return reference.logdet(log_scale)
+    if log_scale.dim() == 4 and log_scale.stride(1) == 1:
+        log_scale = log_scale.permute(0, 2, 3, 1)  # a sum may take the values in the order they lie in
+    rows = log_scale.unsqueeze(1) if log_scale.dim() == 1 else log_scale.flatten(1)
+    return torch.ops.normatch.logdet.default(rows)
+
+
+def _logdet_fake(log_scale):
+    return log_scale.new_empty(log_scale.shape[:1], dtype=accumulation_dtype(log_scale.dtype))
+
+
+def _logdet_save(ctx, inputs, output):
+    (log_scale,) = inputs
+    ctx.shape, ctx.dtype = log_scale.shape, log_scale.dtype
+
+
+def _logdet_backward(ctx, grad):
+    # Every element of a row has the row's gradient: a view of N values costs nothing, where a kernel would have to
+    # write N x M of them. Whoever needs them dense writes them while doing its own work.
+    return grad.to(ctx.dtype).unsqueeze(1).expand(ctx.shape)
+
+
+_register("logdet", _logdet_fake, _logdet_backward, _logdet_save)
+
+
+# ---- Gaussian mixture ---------------------------------------------------------------------------------------------
+
+
+def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float = 0.0) -> Tensor:
+    """z: (N, D), means: (K, D), rho, logits: (K,) -> (N, K).
+
+    The class log-probabilities of a mixture of isotropic Gaussians, the prior of FlowGMM (Izmailov et al., ICML 2020,
+    eq. 2) and NorMatch:
+
+        out_nk = log(softmax(logits)_k + eps) + log N(z_n; means_k, sigma_k^2 I),   sigma_k = softplus(rho_k)
+
+    in nats, float32 (float64 for float64 z). Its logsumexp over k is the log-likelihood, its softmax the posterior.
+    means, rho and logits may have any float dtype and are cast to that of the result. NorMatch's code adds
+    eps = 1e-6. Distances are sums of (z - mu)^2, never the expanded square, and any rho gives a finite sigma.
+
+    Raises TypeError for an argument that is no float tensor (or an eps that is no number), and ValueError for a wrong
+    shape, K = 0, D = 0, mixed devices or a negative eps; the message names the argument.
+    """
+    op = "gmm_log_prob"
+    for name, value in (("z", z), ("means", means), ("rho", rho), ("logits", logits)):
+        _check_tensor(op, name, value)
+        _check_float(op, name, value)
+        _check_same(op, name, value, "z", z, dtype=False)
+    _check_dims(op, "z", z, "(N, D)")
+    _check_dims(op, "means", means, "(K, D)")
+    if means.shape[0] == 0:
+        raise ValueError("gmm_log_prob: means must have at least one class, not shape " + str(tuple(means.shape)))
+    if z.shape[1] == 0:
+        raise ValueError("gmm_log_prob: z must have at least one feature, not shape " + str(tuple(z.shape)))
+    _check_shape(op, "means", means, (means.shape[0], z.shape[1]), "z")
+    _check_shape(op, "rho", rho, means.shape[:1], "means")
+    _check_shape(op, "logits", logits, means.shape[:1], "means")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"gmm_log_prob: eps must be a number, not {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"gmm_log_prob: eps must not be negative, but is {eps}")
+    if z.device.type not in _KERNELS[op]:
+        return reference.gmm_log_prob(z, means, rho, logits, eps)
+    dtype = accumulation_dtype(z.dtype)
+    return torch.ops.normatch.gmm_log_prob.default(z, means.to(dtype), rho.to(dtype), logits.to(dtype), float(eps))
+
+
+def _gmm_log_prob_fake(z, means, rho, logits, eps):
+    return means.new_empty((z.shape[0], means.shape[0]))
+
+
+def _gmm_log_prob_save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gmm_log_prob_backward(ctx, grad):
+    return *torch.ops.normatch.gmm_log_prob_backward.default(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+def _gmm_log_prob_backward_fake(grad, z, means, rho, logits, eps):
+    return z.new_empty(z.shape), means.new_empty(means.shape), rho.new_empty(rho.shape), rho.new_empty(rho.shape)
+
+
+_register("gmm_log_prob", _gmm_log_prob_fake, _gmm_log_prob_backward, _gmm_log_prob_save)
+_register("gmm_log_prob_backward", _gmm_log_prob_backward_fake)

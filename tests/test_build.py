@@ -1,0 +1,109 @@
+"""What is built, what `normatch info` says of it, and what happens where it is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accuracy import with_kernels
+
+from normatch import ops
+from normatch.info import info
+
+TESTS = Path(__file__).parent
+EXAMPLE = """
+import torch
+from normatch import ops, reference
+x, s, t, gain = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
+for got, expected in zip(ops.affine_coupling(x, s, t, gain), reference.affine_coupling(x, s, t, gain)):
+    torch.testing.assert_close(got, expected)
+print(*ops.backend(), sep="|")
+"""
+HIDE_EXTENSION = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "normatch._C":
+            raise ModuleNotFoundError("hidden", name=name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", "always::RuntimeWarning", "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "NORMATCH_LIB": "default", **env},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_info_states_the_facts():
+    lines = dict(line.split("  ", 1) for line in info().splitlines())
+    assert {"normatch", "PyTorch", "torchvision", "ops", "CUDA architectures", "GPU", "DALI", "CPU", "threads"} <= set(
+        lines
+    )
+    assert lines["ops"].strip().startswith(ops.backend()[0])
+    assert "unknown (" not in info()
+
+
+def test_info_never_raises(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr("torch.cuda.is_available", broken)
+    monkeypatch.setattr("torch.get_num_threads", broken)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
+    monkeypatch.setattr(ops, "backend", broken)
+    text = info()
+    assert "unknown (RuntimeError: broken on purpose)" in text
+    assert "cannot be imported" in text
+
+
+def test_works_without_the_extension_and_says_so_once():
+    done = python(HIDE_EXTENSION + EXAMPLE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "reference|the compiled extension is not installed"
+    assert done.stderr.count("normatch runs on plain PyTorch") == 1
+
+
+def test_plain_pytorch_on_request_is_no_warning():
+    done = python(EXAMPLE, NORMATCH_LIB="none")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "reference|NORMATCH_LIB=none"
+    assert "plain PyTorch" not in done.stderr
+
+
+def test_unknown_library_is_an_error():
+    done = python(EXAMPLE, NORMATCH_LIB="fast")
+    assert done.returncode != 0
+    assert "NORMATCH_LIB is 'fast', but may be default, emulated or none" in done.stderr
+
+
+@with_kernels
+def test_build_info():
+    build = ops.build_info()
+    assert build["torch_target"] == "2.11"
+    assert build["cpu_capability"] in ("AVX-512", "AVX2", "baseline")
+    assert bool(build["cuda"]) == bool(build["cuda_architectures"])
+    assert ("cuda" in ops.kernels()["logdet"]) == (bool(build["cuda"]) and not build["emulated"])
+    assert all("cpu" in devices for devices in ops.kernels().values())
+
+
+@pytest.mark.skipif(ops.backend()[0] != "compiled", reason="tests the instruction sets of the CPU kernels")
+@pytest.mark.parametrize(("capability", "name"), [("avx2", "AVX2"), ("default", "baseline")])
+def test_narrower_instruction_sets_are_as_accurate(capability, name):
+    """The kernels of machines older than this one: the accuracy tests again, with PyTorch's own switch."""
+    env = {"ATEN_CPU_CAPABILITY": capability}
+    found = python(
+        "from normatch import ops; print(ops.build_info()['cpu_capability'])", ATEN_CPU_CAPABILITY=capability
+    )
+    if found.stdout.strip() != name:
+        pytest.skip(f"this machine has no {name}")
+    files = [str(TESTS / f"test_{stem}.py") for stem in ("affine_coupling", "logdet", "gmm_log_prob")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "accura and dense", *files],
+        env={**os.environ, **env}, cwd=TESTS.parent, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
