@@ -16,4 +16,7 @@ STABLE_TORCH_LIBRARY(normatch, m) {
   m.def(
       "gmm_log_prob_backward(Tensor grad, Tensor z, Tensor means, Tensor rho, Tensor logits, float eps)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "augment_views(Tensor images, Tensor draws, int seed, int[] rules, float[] values, float[] scale, float[] shift,"
+      " ScalarType dtype) -> Tensor");
 }

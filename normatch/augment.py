@@ -16,12 +16,17 @@ All decisions fall in `draw_parameters`, in integer and plain float32 arithmetic
 repeat to the bit; the images are then made by Pillow, which the other backends are compared with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import IntEnum
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
+
+from .errors import UserError
 
 
 class View(IntEnum):
@@ -30,24 +35,6 @@ class View(IntEnum):
     LABELED_WEAK = 0
     UNLABELED_WEAK = 1
     UNLABELED_STRONG = 2
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A strong augmentation, as data. Sizes not in pixels are fractions of the image's width or height."""
-
-    num_ops: int  # drawn with replacement from OPS
-    ranges: dict[str, tuple[float, float]]  # lo, hi of each operation that has a parameter
-    levels: int  # > 0: value = lo + (hi - lo) v / levels with an integer v in 1..levels-1; 0: uniform in [lo, hi)
-    probability: float  # that a drawn operation is applied
-    random_sign: bool  # negate the value of a geometric operation half of the time
-    whole_pixels: bool  # translations are truncated to whole pixels
-    padding: str  # of the random crop, in the weak views too: "reflect" or "zero"
-    ops_first: bool  # operations, cutout, flip, crop; otherwise flip, crop, operations, cutout
-    cutout_pixels: int  # side of the square; 0: drawn from [0, cutout_fraction) of the width
-    cutout_fraction: float
-    cutout_downwards: bool  # the centre is drawn from (1, W], down from W; otherwise from [0, W)
-    cutout_fill: tuple[int, int, int]
 
 
 # The position in this tuple is the operation's number in the parameter table: never reorder.
@@ -68,6 +55,26 @@ OPS = (
     "TranslateY",
 )
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+
+
+@dataclass(frozen=True, eq=False)  # told apart by identity, so that what follows from a policy can be kept
+class Policy:
+    """An augmentation, as data. Sizes not in pixels are fractions of the image's width or height."""
+
+    num_ops: int  # drawn with replacement from `ops`; 0: the strong view is another weak one
+    ranges: dict[str, tuple[float, float]]  # lo, hi of each operation that has a parameter
+    levels: int  # > 0: value = lo + (hi - lo) v / levels with an integer v in 1..levels-1; 0: uniform in [lo, hi)
+    probability: float  # that a drawn operation is applied
+    random_sign: bool  # negate the value of a geometric operation half of the time
+    whole_pixels: bool  # translations are truncated to whole pixels
+    padding: str  # of the random crop, in the weak views too: "reflect" or "zero"
+    ops_first: bool  # operations, cutout, flip, crop; otherwise flip, crop, operations, cutout
+    cutout_pixels: int  # side of the square; 0: drawn from [0, cutout_fraction) of the width
+    cutout_fraction: float
+    cutout_downwards: bool  # the centre is drawn from (1, W], down from W; otherwise from [0, W)
+    cutout_fill: tuple[int, int, int]
+    ops: tuple[str, ...] = OPS
+
 
 POLICIES = {
     # RandAugmentMC(n=2, m=10) of the PyTorch FixMatch by kekmodel, which NorMatch uses.
@@ -125,6 +132,87 @@ POLICIES = {
         cutout_fill=(125, 123, 114),
     ),
 }
+# RandAugment as the FixMatch paper describes it: the ranges of its appendix (those of LeeDoYup's code), two operations
+# of random magnitude on every image, then Cutout; flip and shift come first and reflect, as its weak augmentation does.
+POLICIES["fixmatch-paper"] = replace(
+    POLICIES["leedoyup"],
+    num_ops=2,
+    padding="reflect",
+    ops_first=False,
+    cutout_downwards=False,
+    cutout_fill=(127, 127, 127),
+)
+# Flip and shift alone: the strong view is a second weak one.
+POLICIES["weak"] = replace(POLICIES["kekmodel"], num_ops=0, cutout_pixels=0)
+
+MAX_OPS, MAX_LEVELS, MAX_SIDE = 8, 32, 2048  # what the native op has room for
+
+
+def find_policy(name: str) -> Policy:
+    """One of POLICIES, or a YAML file of a policy's fields; those it leaves out are those of its `base` (kekmodel)."""
+    if name in POLICIES:
+        return POLICIES[name]
+    if not str(name).endswith((".yaml", ".yml")):
+        near = get_close_matches(str(name), POLICIES, n=1, cutoff=0)[0]
+        raise UserError(
+            f"unknown policy '{name}': did you mean '{near}'? There are {', '.join(POLICIES)}, or a YAML file"
+        )
+    import yaml  # only files need it
+
+    try:
+        fields = yaml.safe_load(Path(name).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"policy {name} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"policy {name} must hold `field: value` lines")
+    base = fields.pop("base", "kekmodel")
+    known = Policy.__dataclass_fields__
+    if base not in POLICIES or not fields.keys() <= known.keys():
+        wrong = base if base not in POLICIES else next(f for f in fields if f not in known)
+        raise UserError(f"policy {name}: there is no '{wrong}'; fields are base, {', '.join(known)}")
+    try:
+        for field, value in fields.items():
+            if isinstance(value, list):
+                fields[field] = tuple(value)
+        if "ranges" in fields:
+            given = {op: (float(lo), float(hi)) for op, (lo, hi) in fields["ranges"].items()}
+            fields["ranges"] = POLICIES[base].ranges | given
+        policy = replace(POLICIES[base], **fields)
+        _check_policy(policy)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"policy {name}: {error}") from None
+    return policy
+
+
+def _check_policy(p: Policy) -> None:
+    """Raises ValueError for what cannot be applied."""
+    for field in Policy.__dataclass_fields__.values():
+        value = getattr(p, field.name)
+        wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(field.type, object)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and field.type in ("int", "float")):
+            raise ValueError(f"{field.name} is {value!r}, not {field.type}")
+    unknown = [op for op in (*p.ops, *p.ranges) if op not in OPS]
+    limits = {
+        f"unknown operation {unknown[:1]}: there are {', '.join(OPS)}": bool(unknown),
+        f"num_ops may be 0 to {MAX_OPS}": not 0 <= p.num_ops <= MAX_OPS,
+        f"ops may name 1 to {len(OPS)} operations, each once": not p.ops or len(set(p.ops)) < len(p.ops),
+        f"levels may be 0 or 2 to {MAX_LEVELS}": p.levels != 0 and not 2 <= p.levels <= MAX_LEVELS,
+        "probability may be 0 to 1": not 0 <= p.probability <= 1,
+        "padding may be reflect or zero": p.padding not in ("reflect", "zero"),
+        "cutout_fill must be three levels of 0 to 255": len(p.cutout_fill) != 3
+        or any(not isinstance(v, int) or not 0 <= v <= 255 for v in p.cutout_fill),
+        "cutout sizes must not be negative": p.cutout_pixels < 0 or not 0 <= p.cutout_fraction <= 1,
+        "Posterize keeps 0 to 8 bits": not all(0 <= bits <= 8 for bits in p.ranges.get("Posterize", (4, 8))),
+        "TranslateX and TranslateY may move by the image's size at most": any(
+            abs(v) > 1 for op in ("TranslateX", "TranslateY") for v in p.ranges.get(op, (0, 0))
+        ),
+        "ShearX and ShearY may be -2 to 2": any(
+            abs(v) > 2 for op in ("ShearX", "ShearY") for v in p.ranges.get(op, (0, 0))
+        ),
+    }
+    for message, broken in limits.items():
+        if broken:
+            raise ValueError(message)
 
 
 # ---- Random words --------------------------------------------------------------------------------
@@ -147,8 +235,8 @@ def philox(counter, key):
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def random_words(seed: int, visit, samples, view: int, count: int):
-    """visit: int or (N,), samples: (N,) -> (N, count) uint32.
+def random_words(seed: int, visit, samples, view, count: int):
+    """visit, view: int or (N,), samples: (N,) -> (N, count) uint32.
 
     Word w is word w % 4 of the block with counter (w // 4, view, sample, visit); the key is the low and the
     high half of the seed.
@@ -156,7 +244,7 @@ def random_words(seed: int, visit, samples, view: int, count: int):
     samples = np.asarray(samples)
     counter = np.empty((len(samples), -(-count // 4), 4), dtype=np.uint32)
     counter[..., 0] = np.arange(counter.shape[1])
-    counter[..., 1] = int(view)
+    counter[..., 1] = np.broadcast_to(view, samples.shape)[:, None]
     counter[..., 2] = samples[:, None]
     counter[..., 3] = np.broadcast_to(visit, samples.shape)[:, None]
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
@@ -197,6 +285,7 @@ class Parameters:
     box: np.ndarray  # (N, 4) int32: x0, y0, x1, y1 of the cutout
 
 
+@lru_cache(maxsize=32)
 def op_values(policy: Policy, height: int, width: int):
     """(14, levels - 1) float32, the value of each operation at v = 1, 2, ...; or (14, 2), its lo and hi.
 
@@ -214,7 +303,33 @@ def op_values(policy: Policy, height: int, width: int):
                 value = value * sizes[op]
                 value = int(value) if policy.whole_pixels else value
             table[OPS.index(op), i] = value
+    table.flags.writeable = False  # it is shared by all who ask
     return table
+
+
+@lru_cache(maxsize=32)
+def encode_policy(policy: Policy, height: int, width: int, flip: bool) -> tuple[list[int], list[float]]:
+    """What the native op is told about a policy: whole numbers and the operations drawn from, and real numbers."""
+    rules = [
+        policy.num_ops,
+        policy.levels,
+        policy.random_sign,
+        policy.padding == "reflect",
+        policy.ops_first,
+        policy.cutout_pixels,
+        policy.cutout_downwards,
+        flip,
+        *policy.cutout_fill,
+        *(OPS.index(op) for op in policy.ops),
+    ]
+    values = [policy.probability, policy.cutout_fraction, *op_values(policy, height, width).reshape(-1).tolist()]
+    return [int(rule) for rule in rules], values
+
+
+def normalization(mean, std) -> tuple[np.ndarray, np.ndarray]:
+    """(3,), (3,) of values in [0, 1] -> (3,), (3,) float32 scale, shift: v * scale - shift normalises v in 0..255."""
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return 1 / (np.float32(255) * std), mean / std
 
 
 def draw_parameters(
@@ -222,13 +337,13 @@ def draw_parameters(
     seed: int,
     visit,
     samples,
-    view: int,
+    view,
     height: int,
     width: int,
     strong: bool,
     flip: bool = True,
 ) -> Parameters:
-    """visit: int or (N,), samples: (N,) -> Parameters of N views of height x width images.
+    """visit, view: int or (N,), samples: (N,) -> Parameters of N views of height x width images.
 
     The words of a view, by position, where below(w, n) = (w * n) >> 32, unit(w) = (w >> 8) * 2^-24 and
     coin(w) = w >> 31. Float32 throughout, each operation rounded on its own (no fused multiply-add):
@@ -239,7 +354,7 @@ def draw_parameters(
         4           cutout    side = (unit * cutout_fraction) * width, where it is not fixed
         5, 6        cutout    centre x, y = unit * size, or downwards: size + unit * (1 - size)
         7           -
-        8 + 4i      op i      below(14)
+        8 + 4i      op i      ops[below(len(ops))]
         9 + 4i      value     table[op, below(levels - 1)], or lo + unit * (hi - lo)
         10 + 4i     applied   unit < probability
         11 + 4i     sign      coin: negate (geometric operations under `random_sign`)
@@ -252,7 +367,8 @@ def draw_parameters(
         box = np.tile(np.array([0, 0, -1, -1], np.int32), (count, 1))
     else:
         per_op = words[:, 8:].reshape(count, n, 4)
-        op = _below(per_op[..., 0], len(OPS))
+        pool = np.array([OPS.index(name) for name in policy.ops], np.int32)
+        op = pool[_below(per_op[..., 0], len(pool))]
         table = op_values(policy, height, width)
         if policy.levels:
             value = table[op, _below(per_op[..., 1], policy.levels - 1)]

@@ -101,9 +101,9 @@ def _cifar(name: str, data_dir: Path, download: bool) -> Dataset:
         raise UserError(f"{name} in {data_dir} is incomplete or damaged: {hint}") from error
     return Dataset(
         name=name,
-        train_images=train.data,
+        train_images=np.ascontiguousarray(train.data),  # torchvision's are transposed views
         train_labels=np.array(train.targets, dtype=np.int64),
-        test_images=test.data,
+        test_images=np.ascontiguousarray(test.data),
         test_labels=np.array(test.targets, dtype=np.int64),
         classes=list(train.classes),
         mean=mean,

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from normatch import reference
+from normatch.augment import MAX_SIDE, Policy, encode_policy, normalization
 from normatch.reference import accumulation_dtype
 
-__all__ = ["affine_coupling", "affine_coupling_inverse", "backend", "gmm_log_prob", "logdet"]
+__all__ = ["affine_coupling", "affine_coupling_inverse", "augment_views", "backend", "gmm_log_prob", "logdet"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MODULES = {"default": "normatch._C", "emulated": "normatch._C_emulated"}
@@ -66,7 +67,10 @@ def _devices_of(op: str) -> frozenset[str]:
     return frozenset(device for device, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has_kernel(f"normatch::{op}", key))
 
 
-_KERNELS = {op: _devices_of(op) for op in ("affine_coupling", "affine_coupling_inverse", "logdet", "gmm_log_prob")}
+_KERNELS = {
+    op: _devices_of(op)
+    for op in ("affine_coupling", "affine_coupling_inverse", "logdet", "gmm_log_prob", "augment_views")
+}
 
 
 def kernels() -> dict[str, frozenset[str]]:
@@ -328,3 +332,67 @@ def _gmm_log_prob_backward_fake(grad, z, means, rho, logits, eps):
 
 _register("gmm_log_prob", _gmm_log_prob_fake, _gmm_log_prob_backward, _gmm_log_prob_save)
 _register("gmm_log_prob_backward", _gmm_log_prob_backward_fake)
+
+
+# ---- augmented views ----------------------------------------------------------------------------------------------
+
+
+def augment_views(
+    images: Tensor,
+    draws: Tensor,
+    policy: Policy,
+    seed: int,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+    flip: bool = True,
+) -> Tensor:
+    """images: (M, H, W, 3) uint8, draws: (N, 4) int64 -> (N, 3, H, W), channels-last.
+
+    Augmented views in one pass: gather, flip, crop, operations, cutout, normalisation to (v / 255 - mean) / std. A row
+    of draws is (row, sample, visit, view): the place in `images`, and the counter from which, with `seed`, all that is
+    random about the view follows (`normatch.augment`). A view of kind View.UNLABELED_STRONG is strong, others are
+    weak. The pixels are those that Pillow makes, on every device; dtype uint8 returns them unnormalised.
+
+    Raises TypeError or ValueError, naming the argument, for what is not as above, for sides of 0 or above 2048, and,
+    on the CPU, for a row that `images` has not.
+    """
+    op = "augment_views"
+    for name, value, want, shape in (
+        ("images", images, torch.uint8, "(M, H, W, 3)"),
+        ("draws", draws, torch.int64, "(N, 4)"),
+    ):
+        _check_tensor(op, name, value)
+        if value.dtype != want:
+            raise TypeError(f"{op}: {name} must be {want}, not {value.dtype}")
+        if value.dim() != shape.count(",") + 1 or value.shape[-1] != int(shape[-2]):
+            raise ValueError(f"{op}: {name} must have shape {shape}, not {tuple(value.shape)}")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"{op}: policy must be a Policy, as in normatch.augment.POLICIES, not {policy!r}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
+        raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or uint8, not {dtype}")
+    _check_same(op, "draws", draws, "images", images, dtype=False)
+    count, height, width, _ = images.shape
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError(f"{op}: images must have sides of 1 to {MAX_SIDE}, not {height} x {width}")
+    if draws.device.type == "cpu" and len(draws):
+        rows = draws[:, 0]
+        if int(rows.min()) < 0 or int(rows.max()) >= count:
+            raise ValueError(f"{op}: draws names rows {int(rows.min())} to {int(rows.max())}, but images has {count}")
+    if images.device.type not in _KERNELS[op]:
+        return reference.augment_views(images, draws, policy, seed, mean, std, dtype, flip)
+    rules, values = encode_policy(policy, height, width, bool(flip))
+    scale, shift = (v.tolist() for v in normalization(mean, std))
+    seed = (seed + 2**63) % 2**64 - 2**63  # its 64 bits, as a signed number
+    views = torch.ops.normatch.augment_views.default(
+        images.contiguous(), draws.contiguous(), seed, rules, values, scale, shift, dtype
+    )
+    return views.permute(0, 3, 1, 2)
+
+
+def _augment_views_fake(images, draws, seed, rules, values, scale, shift, dtype):
+    return images.new_empty((draws.shape[0], *images.shape[1:]), dtype=dtype)
+
+
+if _BUILD_INFO:  # no gradient: neither images nor counters have one
+    torch.library.register_fake("normatch::augment_views", _augment_views_fake)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from normatch.augment import Policy, View, draw_parameters, normalize, strong_views, weak_views
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,3 +58,32 @@ def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: flo
     distance = (z[:, None, :] - means).square().sum(2)
     offset = log_weight - z.shape[1] * (log_sigma + 0.5 * math.log(2 * math.pi))
     return offset - 0.5 * precision * distance
+
+
+def augment_views(
+    images: Tensor,
+    draws: Tensor,
+    policy: Policy,
+    seed: int,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+    flip: bool = True,
+) -> Tensor:
+    """images: (M, H, W, 3) uint8, draws: (N, 4) int64 -> (N, 3, H, W), channels-last: by Pillow, on the host."""
+    rows, samples, visits, kinds = draws.cpu().numpy().T
+    picked = images.cpu().numpy()[rows]
+    views = picked.copy()
+    strong = kinds == View.UNLABELED_STRONG
+    for which in (~strong, strong):
+        if which.any():
+            p = draw_parameters(
+                policy, seed, visits[which], samples[which], kinds[which], *images.shape[1:3], which is strong, flip
+            )
+            views[which] = (
+                strong_views(picked[which], p, policy)
+                if which is strong
+                else weak_views(picked[which], p, policy.padding)
+            )
+    views = torch.from_numpy(views).to(images.device)
+    return views.permute(0, 3, 1, 2) if dtype == torch.uint8 else normalize(views, mean, std, dtype)
