@@ -48,22 +48,18 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a classifier. Keys on the command line win over the file, the file over the preset.",
         allow_abbrev=False,
     )
-    train.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: digits)")
-    train.add_argument("--config", metavar="FILE", help="YAML file of `key: value` lines")
-    for name, field in Config.model_fields.items():
-        flags = [f"--{name}", *(f"--{alias}" for alias, ours in ALIASES.items() if ours == name)]
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        is_switch = bool in (field.annotation, *get_args(field.annotation))
-        default = "" if field.default is None else f" (default: {field.default})"
-        train.add_argument(
-            *flags,
-            dest=name,
-            default=argparse.SUPPRESS,
-            metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
-            help=f"{field.description}{default}".replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if is_switch else {}),  # `--download` alone means `--download true`
-        )
+    _add_keys(train)
     train.set_defaults(run=_train)
+
+    verify = commands.add_parser(
+        "verify-resume",
+        help="kill -9 a short run at random moments, resume it, and compare its weights bit by bit",
+        description="Certify that a run survives being killed. Takes the keys of `train`; leaves certificate.json.",
+        allow_abbrev=False,
+    )
+    verify.add_argument("--kills", type=int, default=20, help="how often the run is killed (default: 20)")
+    _add_keys(verify)
+    verify.set_defaults(run=_verify)
 
     evaluate = commands.add_parser("eval", help="accuracy of a run or checkpoint on its test set")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
@@ -74,6 +70,21 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
     predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
     predict.set_defaults(run=_predict)
+    convert = commands.add_parser(
+        "convert",
+        help="a run, our checkpoint or a published one -> a checkpoint without optimisers, or safetensors",
+    )
+    convert.add_argument("source", metavar="IN", help="a run folder or a checkpoint, ours or published")
+    convert.add_argument("target", metavar="OUT", help="the new file, .pt or .safetensors")
+    convert.set_defaults(run=_convert)
+    for command in (evaluate, convert):
+        command.add_argument("--dataset", help="what a published checkpoint was trained on (default: by its classes)")
+
+    plot = commands.add_parser("plot", help="draw the curves of runs; those that differ in their seed as mean and band")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, finished or not")
+    plot.add_argument("--out", metavar="FILE", help=".png, .pdf or .svg (default: RUN/curves.png; of several curves.png)")
+    plot.set_defaults(run=_plot)
+
     for command in (evaluate, predict):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -83,14 +94,33 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_keys(parser: argparse.ArgumentParser):
+    """Every key of the configuration as a flag, under its own and its published names."""
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: digits)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of `key: value` lines")
+    for name, field in Config.model_fields.items():
+        flags = [f"--{name}", *(f"--{alias}" for alias, ours in ALIASES.items() if ours == name)]
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        is_switch = bool in (field.annotation, *get_args(field.annotation))
+        default = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(
+            *flags,
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
+            help=f"{field.description}{default}".replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if is_switch else {}),  # `--download` alone means `--download true`
+        )
+
+
 def _spell_check(arguments: list[str]) -> list[str]:
-    """Rewrite keys of `train` under our names; an unknown one raises `UserError` with the nearest known."""
-    if arguments[:1] != ["train"]:
+    """Rewrite configuration keys under our names; an unknown one raises `UserError` with the nearest known."""
+    if arguments[:1] not in (["train"], ["verify-resume"]):
         return arguments
     result = []
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name in ("", "config", "help"):
+        if not argument.startswith("--") or name in ("", "config", "help", "kills"):
             result.append(argument)
             continue
         key = canonical(name)
@@ -101,9 +131,25 @@ def _spell_check(arguments: list[str]) -> list[str]:
     return result
 
 
-def _train(options) -> int:
+def _config(options, **defaults) -> Config:
     given = {name: value for name, value in vars(options).items() if name in Config.model_fields}
-    config = make_config(options.preset, options.config, **given)
+    return make_config(options.preset, options.config, **{**defaults, **given})
+
+
+def _verify(options) -> int:
+    short = {"steps": 300, "batch_size": 8, "uratio": 2, "eval_every": 10, "device": "cpu"}
+    if options.preset or options.config:
+        short = {}
+    config = _config(options, out="runs/verify-resume", **short)
+    from .verify import verify_resume
+
+    certificate = verify_resume(config, options.kills)
+    print(f"bit-equal after {certificate['kills']} kills: {config.out}/certificate.json")
+    return 0
+
+
+def _train(options) -> int:
+    config = _config(options)
     print(yaml.safe_dump(config.model_dump(), sort_keys=False), file=sys.stderr)
     from .trainer import train  # torch is loaded only once the configuration is known to be right
 
@@ -124,14 +170,33 @@ def _eval(options) -> int:
     from .evaluation import evaluate
     from .trainer import choose_device
 
-    scores = evaluate(options.checkpoint, options.data_dir, choose_device(options.device))
+    scores = evaluate(options.checkpoint, options.data_dir, choose_device(options.device), options.dataset)
     if options.json:
         print(json.dumps(scores))
-    else:
-        print(f"{scores['dataset']}, {scores['images']} test images")
-        for name in ("test_accuracy", "test_accuracy_flow"):
-            if name in scores:
-                print(f"{name:20} {scores[name]:.2f} %")
+        return 0
+    print(f"{scores['dataset']}, {scores['images']} test images")
+    for name in ("test_accuracy", "test_accuracy_flow", "test_top5", "test_balanced_accuracy"):
+        if name in scores:
+            print(f"{name:22} {scores[name]:6.2f} %")
+    print(f"\n{'class':22} accuracy   most often taken for")
+    for (name, score), row in zip(scores["per_class"].items(), scores["confusion"], strict=True):
+        wrong = [(n, taken) for n, taken in zip(row, scores["per_class"], strict=True) if n and taken != name]
+        mistakes = ", ".join(f"{taken} ({n})" for n, taken in sorted(wrong, key=lambda pair: -pair[0])[:3])
+        print(f"{name:22} {'no image' if score is None else f'{score:6.2f} %'}   {mistakes}".rstrip())
+    return 0
+
+
+def _convert(options) -> int:
+    from .convert import convert
+
+    print(convert(options.source, options.target, options.dataset))
+    return 0
+
+
+def _plot(options) -> int:
+    from .plot import plot
+
+    print(plot(options.runs, options.out))
     return 0
 
 

@@ -52,6 +52,8 @@ class Run:
             state = load_checkpoint(config.resume)
         if state is not None:
             check_same_run(state["config"], config)
+        elif config.resume == "auto":
+            pass  # stopped before its first checkpoint, or never begun
         elif self.folder.exists() and any(self.folder.iterdir()) and not config.overwrite:
             raise UserError(
                 f"the run folder {self.folder} exists: go on with --resume auto, replace it with --overwrite, "

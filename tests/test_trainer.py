@@ -14,6 +14,7 @@ from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
 from normatch.run import Run, load_checkpoint
+from normatch.verify import same
 
 TINY = {
     "backbone": "wrn-10-1",
@@ -33,17 +34,6 @@ def tiny(out, **keys):
 
 def lines(out, kind):
     return [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
-
-
-def same(a, b):
-    """Whether two nested states are equal to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("method", ["normatch", "fixmatch", "supervised"])
