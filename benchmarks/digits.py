@@ -1,0 +1,109 @@
+"""NorMatch, FixMatch and supervised training on scikit-learn's digits, 40 labels, three seeds: the README's table.
+
+    python benchmarks/digits.py [--seeds 0 1 2] [--steps N]
+
+Runs the three methods one after another with the `digits` preset, so that they differ in the method alone, and two
+classical baselines on the same labelled images. Writes benchmarks/results/digits/{results.json,digits.png} and the
+table into README.md.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.semi_supervised import LabelSpreading
+
+from normatch import make_config, train
+from normatch.data import load_dataset, split_labels
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "digits"
+METHODS = {"normatch": "NorMatch", "fixmatch": "FixMatch", "supervised": "Supervised"}
+COLOURS = {"normatch": "#c1440e", "fixmatch": "#2b6cb0", "supervised": "#718096"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=make_config("digits").steps)
+    options = parser.parse_args()
+
+    runs = Path(tempfile.mkdtemp())
+    records = []
+    try:
+        for seed in options.seeds:
+            for method in METHODS:
+                out = runs / f"{method}-{seed}"
+                result = train("digits", method=method, seed=seed, steps=options.steps, out=str(out))
+                lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+                curve = [(line["step"], line["test_accuracy"]) for line in lines if line["kind"] == "eval"]
+                records.append({**result.summary, "curve": curve, "out": None})
+            records += baselines(seed)
+    finally:
+        shutil.rmtree(runs)
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    draw(records, RESULTS / "digits.png")
+    table = make_table(records)
+    print(table)
+    readme = REPOSITORY / "README.md"
+    before, rest = readme.read_text().split("<!-- digits table -->\n")
+    after = rest.split("<!-- end -->\n", 1)[1]
+    readme.write_text(f"{before}<!-- digits table -->\n{table}<!-- end -->\n{after}")
+
+
+def baselines(seed: int) -> list[dict]:
+    """Logistic regression and label spreading on the pixels, with the labelled images of this seed."""
+    dataset = load_dataset("digits")
+    split = split_labels(dataset.train_labels, 40, 10, seed)
+    x, test = (images[..., 0].reshape(len(images), -1) / 255 for images in (dataset.train_images, dataset.test_images))
+    y = dataset.train_labels
+    regression = LogisticRegression(max_iter=1000).fit(x[split.labeled], y[split.labeled])
+    hidden = np.full_like(y, -1)
+    hidden[split.labeled] = y[split.labeled]
+    spreading = LabelSpreading(kernel="knn", n_neighbors=7).fit(x, hidden)
+    return [
+        {"method": name, "seed": seed, "test_accuracy": 100 * model.score(test, dataset.test_labels)}
+        for name, model in (("label spreading", spreading), ("logistic regression", regression))
+    ]
+
+
+def make_table(records) -> str:
+    rows = ["| method | test accuracy, % | seeds | seconds a run |", "| --- | --- | --- | --- |"]
+    for method in dict.fromkeys(r["method"] for r in records):
+        own = [r for r in records if r["method"] == method]
+        accuracies = [r["test_accuracy"] for r in own]
+        seconds = f"{statistics.mean(r['seconds_total'] for r in own):.0f}" if "seconds_total" in own[0] else ""
+        each = ", ".join(f"{a:.1f}" for a in accuracies)
+        name = METHODS.get(method, f"{method} (scikit-learn)")
+        rows.append(f"| {name} | **{statistics.mean(accuracies):.1f}** | {each} | {seconds} |")
+    return "\n".join(rows) + "\n"
+
+
+def draw(records, path: Path):
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for method, name in METHODS.items():
+        curves = np.array([r["curve"] for r in records if r["method"] == method])
+        steps, accuracy = curves[0, :, 0], curves[:, :, 1]
+        mean = accuracy.mean(0)
+        axes.plot(steps, mean, color=COLOURS[method], label=f"{name}: {mean[-1]:.1f} %")
+        axes.fill_between(steps, accuracy.min(0), accuracy.max(0), color=COLOURS[method], alpha=0.2, linewidth=0)
+    axes.set(xlabel="step", ylabel="test accuracy, %", ylim=(50, 100), xlim=(0, None))
+    axes.set_title("Digits, 40 labels: mean and range of the seeds", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
