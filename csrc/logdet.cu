@@ -4,8 +4,6 @@
 // sums; the order of all additions follows from the sizes, so the same input gives the same bits.
 #include "logdet.h"
 
-#include <algorithm>
-
 #include "tensors.h"
 
 namespace normatch {
@@ -45,26 +43,21 @@ __global__ void logdet_kernel(const T* in, int64_t row_stride, int64_t width, in
   using Acc = acc_t<T>;
   constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   const int thread = threadIdx.x % kThreadsPerRow;
-  const int64_t step = int64_t(gridDim.x) * kRowsPerBlock;
-  const int64_t first = int64_t(blockIdx.x) * kRowsPerBlock;
-  for (int64_t base = first; base < outputs; base += step) {
-    const int64_t output = base + threadIdx.x / kThreadsPerRow;
-    Acc sum = 0;
-    if (output < outputs) {
-      const int64_t begin = output % pieces * length;
-      sum = thread_sum<kThreadsPerRow>(in + output / pieces * row_stride + begin, min(length, width - begin), thread);
-    }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(kFullWarp, sum, offset);
-    if constexpr (kThreadsPerRow > kWarp) {
-      __shared__ Acc warps[kThreadsPerRow / kWarp];
-      __syncthreads();  // the previous row's sums have been read
-      if (thread % kWarp == 0) warps[thread / kWarp] = sum;
-      __syncthreads();
-      sum = 0;
-      for (int warp = 0; warp < kThreadsPerRow / kWarp; ++warp) sum += warps[warp];
-    }
-    if (thread == 0 && output < outputs) out[output] = sum;
+  const int64_t output = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
+  Acc sum = 0;
+  if (output < outputs) {
+    const int64_t begin = output % pieces * length;
+    sum = thread_sum<kThreadsPerRow>(in + output / pieces * row_stride + begin, min(length, width - begin), thread);
   }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(kFullWarp, sum, offset);
+  if constexpr (kThreadsPerRow > kWarp) {
+    __shared__ Acc warps[kThreadsPerRow / kWarp];
+    if (thread % kWarp == 0) warps[thread / kWarp] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int warp = 0; warp < kThreadsPerRow / kWarp; ++warp) sum += warps[warp];
+  }
+  if (thread == 0 && output < outputs) out[output] = sum;
 }
 
 template <typename T>
@@ -72,7 +65,9 @@ void sum_rows(Rows<const T> in, int64_t width, int64_t pieces, int64_t outputs, 
   const int64_t length = (width + pieces - 1) / pieces;
   const bool block_per_row = length > 2048;
   const int64_t rows_per_block = block_per_row ? 1 : kThreads / kWarp;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>((outputs + rows_per_block - 1) / rows_per_block, 1 << 20)));
+  const int64_t blocks = (outputs + rows_per_block - 1) / rows_per_block;
+  STD_TORCH_CHECK(blocks <= 0x7fffffff, "logdet: too many rows");
+  const dim3 grid(static_cast<unsigned>(blocks));
   launch(block_per_row ? logdet_kernel<kThreads, T> : logdet_kernel<kWarp, T>, grid, dim3(kThreads), 0, like, in.data,
          in.stride, width, length, pieces, outputs, out);
 }

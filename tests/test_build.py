@@ -55,6 +55,7 @@ def test_info_never_raises(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", broken)
     monkeypatch.setattr("torch.get_num_threads", broken)
     monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
+    monkeypatch.setattr("normatch.info._version", lambda package: "1.0")
     monkeypatch.setattr(ops, "backend", broken)
     text = info()
     assert "unknown (RuntimeError: broken on purpose)" in text

@@ -1,0 +1,233 @@
+#include "cuda_shim.h"
+
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+// The bounds of what `__shared__` puts into its section; absent where no kernel has static shared memory.
+extern "C" __attribute__((weak)) unsigned char __start_nm_shared[], __stop_nm_shared[];
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStack = 64 * 1024;
+
+enum class State { kReady, kWaiting, kDone };
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
+  State state;
+  uint3 index;
+  // What it waits for.
+  Wait kind;
+  const char* file;
+  int line;
+  uint64_t value;
+  int source;
+  uint64_t result;
+};
+
+std::vector<std::unique_ptr<Fibre>> fibres;  // kept from launch to launch for their stacks
+ucontext_t scheduler;
+Fibre* current = nullptr;
+const std::function<void()>* body = nullptr;
+bool backwards = false;
+std::string fault;  // what a fibre found wrong: an exception cannot leave its stack
+std::unique_ptr<unsigned char[]> shared_memory;
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+void enter(const void* stack, size_t size, void** fake) {
+  __sanitizer_start_switch_fiber(fake, stack, size);
+}
+void entered(void* fake, const void** from, size_t* size) {
+  __sanitizer_finish_switch_fiber(fake, from, size);
+}
+#endif
+
+void switch_to(Fibre& fibre) {
+  current = &fibre;
+  threadIdx = fibre.index;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  enter(fibre.stack.get(), kStack, &fake);
+#endif
+  swapcontext(&scheduler, &fibre.context);
+#if defined(__SANITIZE_ADDRESS__)
+  entered(fake, nullptr, nullptr);
+#endif
+}
+
+void switch_back(bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  enter(scheduler_stack, scheduler_stack_size, last ? nullptr : &fake);
+#endif
+  swapcontext(&current->context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  entered(fake, &scheduler_stack, &scheduler_stack_size);
+#endif
+  (void)last;
+}
+
+void fibre_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  entered(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  (*body)();
+  current->state = State::kDone;
+  switch_back(true);
+}
+
+std::string place(const Fibre& fibre) {
+  return std::string(fibre.file) + ":" + std::to_string(fibre.line);
+}
+
+[[noreturn]] void divergent(const char* what, const Fibre& one, const Fibre& other) {
+  const std::string there = other.state == State::kDone ? "has ended"
+                            : other.line == one.line    ? "waits for something else there"
+                                                        : "waits at " + place(other);
+  throw std::runtime_error("divergent " + std::string(what) + ": thread " + std::to_string(one.index.x) + " waits at " +
+                           place(one) + ", thread " + std::to_string(other.index.x) + " " + there);
+}
+
+bool same_place(const Fibre& a, const Fibre& b) {
+  return a.kind == b.kind && a.line == b.line && a.file == b.file;
+}
+
+// Lets the warps go on whose lanes have all come to the same shuffle; true if there was one.
+bool release_warps(size_t threads) {
+  bool released = false;
+  for (size_t first = 0; first < threads; first += warpSize) {
+    bool complete = true;
+    for (size_t i = first; i < first + warpSize; ++i) {
+      const Fibre& fibre = *fibres[i];
+      complete &= fibre.state == State::kWaiting && fibre.kind == Wait::kWarp && same_place(fibre, *fibres[first]);
+    }
+    if (!complete) continue;
+    for (size_t i = first; i < first + warpSize; ++i) fibres[i]->result = fibres[first + fibres[i]->source]->value;
+    for (size_t i = first; i < first + warpSize; ++i) fibres[i]->state = State::kReady;
+    released = true;
+  }
+  return released;
+}
+
+// Nothing runs and no warp can go on: either all threads are at one barrier, which lets them go on, or it is a fault.
+void release_block(size_t threads) {
+  const Fibre* waiting = nullptr;
+  for (size_t i = 0; i < threads; ++i)
+    if (fibres[i]->state == State::kWaiting && (!waiting || fibres[i]->kind == Wait::kWarp)) waiting = fibres[i].get();
+  const bool warp = waiting->kind == Wait::kWarp;
+  const size_t number = waiting->index.x + blockDim.x * (waiting->index.y + blockDim.y * waiting->index.z);
+  const size_t first = warp ? number / warpSize * warpSize : 0;
+  for (size_t i = first; i < (warp ? first + warpSize : threads); ++i)
+    if (fibres[i]->state == State::kDone || !same_place(*fibres[i], *waiting))
+      divergent(warp ? "shuffle" : "barrier", *waiting, *fibres[i]);
+  for (size_t i = 0; i < threads; ++i) fibres[i]->state = State::kReady;
+}
+
+__attribute__((no_sanitize("address"))) void poison_shared(size_t dynamic_bytes) {
+  if (__start_nm_shared != nullptr)
+    for (volatile unsigned char* byte = __start_nm_shared; byte != __stop_nm_shared; ++byte) *byte = 0xff;
+  shared_memory.reset(dynamic_bytes ? new unsigned char[dynamic_bytes] : nullptr);
+  if (dynamic_bytes) memset(shared_memory.get(), 0xff, dynamic_bytes);
+}
+
+void prepare(Fibre& fibre, size_t number) {
+  fibre.state = State::kReady;
+  fibre.index = {unsigned(number % blockDim.x), unsigned(number / blockDim.x % blockDim.y),
+                 unsigned(number / blockDim.x / blockDim.y)};
+  getcontext(&fibre.context);
+  fibre.context.uc_stack.ss_sp = fibre.stack.get();
+  fibre.context.uc_stack.ss_size = kStack;
+  fibre.context.uc_link = nullptr;
+  makecontext(&fibre.context, fibre_main, 0);
+}
+
+void run_block(size_t threads) {
+  for (size_t i = 0; i < threads; ++i) prepare(*fibres[i], i);
+  for (;;) {
+    bool done = true, ran = false;
+    for (size_t i = 0; i < threads; ++i) {
+      Fibre& fibre = *fibres[backwards ? threads - 1 - i : i];
+      if (fibre.state == State::kReady) {
+        switch_to(fibre);
+        ran = true;
+        if (!fault.empty()) throw std::runtime_error(std::exchange(fault, ""));
+      }
+      done &= fibre.state == State::kDone;
+    }
+    if (done) return;
+    if (!release_warps(threads) && !ran) release_block(threads);
+  }
+}
+
+}  // namespace
+
+bool reversed() {
+  const char* wish = std::getenv("NORMATCH_EMULATOR_ORDER");
+  return wish != nullptr && std::string(wish) == "reversed";
+}
+
+void* dynamic_shared() {
+  return shared_memory.get();
+}
+
+int lane() {
+  return int((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize);
+}
+
+uint64_t wait(Wait kind, uint64_t value, int source, unsigned mask, const char* file, int line) {
+  Fibre& self = *current;
+  if (mask != 0xffffffffu) fault = "a shuffle of less than the full warp at " + std::string(file);
+  self.state = State::kWaiting;
+  self.kind = kind;
+  self.value = value;
+  self.source = source;
+  self.file = file;
+  self.line = line;
+  switch_back(false);
+  return self.result;
+}
+
+void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& kernel) {
+  static std::mutex mutex;  // shared memory is static, and there is one scheduler
+  const std::lock_guard<std::mutex> lock(mutex);
+  backwards = reversed();
+  const size_t threads = size_t(block.x) * block.y * block.z;
+  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  if (threads == 0 || threads > 1024 || threads % warpSize)
+    throw std::runtime_error("a block of " + std::to_string(threads) + " threads: not a multiple of 32 up to 1024");
+  if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks, or too many in one direction");
+  if (dynamic_shared_bytes > 227 * 1024)
+    throw std::runtime_error(std::to_string(dynamic_shared_bytes) + " bytes of shared memory: no GPU has so much");
+
+  while (fibres.size() < threads) fibres.push_back(std::make_unique<Fibre>());
+  blockDim = block;
+  gridDim = grid;
+  body = &kernel;
+  for (size_t i = 0; i < blocks; ++i) {
+    const size_t number = backwards ? blocks - 1 - i : i;
+    blockIdx = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y), unsigned(number / grid.x / grid.y)};
+    poison_shared(dynamic_shared_bytes);
+    run_block(threads);
+  }
+}
+
+}  // namespace emulator
