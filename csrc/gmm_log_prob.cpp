@@ -12,7 +12,7 @@
 namespace normatch {
 namespace {
 
-constexpr int kTileRows = 4, kTileClasses = 2;
+constexpr int kTileRows = 8, kTileClasses = 2;
 constexpr int64_t kBlockRows = 256;  // rows whose terms are added up in one go in the gradient of the means
 constexpr int64_t kStretch = 16;     // vectors added up in one go in a distance
 
