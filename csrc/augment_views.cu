@@ -170,8 +170,9 @@ __device__ __forceinline__ T finished(uint8_t v, float scale, float shift) {
 }
 
 template <typename T>
-__global__ void augment_views_kernel(ViewPolicy p, uint64_t seed, const uint8_t* images, int64_t rows,
-                                     const int64_t* draws, int64_t count, uint8_t* workspace, T* out) {
+__global__ void __launch_bounds__(kThreads, 4)
+    augment_views_kernel(ViewPolicy p, uint64_t seed, const uint8_t* images, int64_t rows, const int64_t* draws,
+                         int64_t count, uint8_t* workspace, T* out) {
   NM_DYNAMIC_SHARED(uint8_t, pictures);
   __shared__ Shared s;
   const int64_t size = 3 * int64_t(p.height) * p.width;
@@ -206,7 +207,7 @@ __global__ void augment_views_kernel(ViewPolicy p, uint64_t seed, const uint8_t*
         const int c = int((i + j) % 3);
         pack.values[j] = finished<T>(now[i + j], p.scale[c], p.shift[c]);
       }
-      memcpy(__builtin_assume_aligned(to + i, 16), &pack, sizeof(pack));
+      *reinterpret_cast<Pack<T>*>(to + i) = pack;
     }
     for (int64_t i = whole ? size : threadIdx.x; i < size; i += kThreads)
       to[i] = finished<T>(now[i], p.scale[i % 3], p.shift[i % 3]);

@@ -1,15 +1,31 @@
-"""The batches of a run: everything a training step needs, as a function of the step's number alone."""
+"""The batches of a run: everything a training step needs, as a function of the step's number alone.
 
+`make_batches` is all that a training loop calls. What computes the views is a backend:
+
+    native   the op `ops.augment_views` on images that stay in memory, on the host or the device, in this process
+    dali     an NVIDIA DALI pipeline with the same parameters (`normatch.dali`)
+    pil      Pillow in worker processes, the oracle of the other two
+
+`auto` takes the native op wherever it has a kernel for the device, else DALI where it is installed and the device is
+a GPU, else Pillow.
+"""
+
+import queue
 import sys
-from difflib import get_close_matches
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .augment import POLICIES, View, draw_parameters, strong_views, weak_views
+from . import ops
+from .augment import View, draw_parameters, find_policy, normalize, strong_views, weak_views
 from .data import LABELED, UNLABELED, Dataset, Split, sample_order
 from .errors import UserError
+
+BACKENDS = ("auto", "native", "dali", "pil")
 
 
 class StepViews(torch.utils.data.Dataset):
@@ -22,15 +38,26 @@ class StepViews(torch.utils.data.Dataset):
         u_index   (U,) int64           where they are in the training set
         u_y       (U,) int64           their labels, -1 where unknown: for diagnostics only
 
-    With uratio = 0 (supervised) only x and y. A step's batch is the same in any process and after any resume.
+    With uratio = 0 (supervised) only x and y. A step's batch is the same in any process and after any resume. Of
+    `ranks` processes that share a batch, number `rank` gets every ranks-th image of it, counted from rank.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, policy: str, seed: int, batch_size: int, uratio: int):
-        if policy not in POLICIES:
-            near = get_close_matches(str(policy), POLICIES, n=1, cutoff=0)[0]
-            raise UserError(f"unknown policy '{policy}': did you mean '{near}'? There are {', '.join(POLICIES)}")
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        policy: str,
+        seed: int,
+        batch_size: int,
+        uratio: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.policy = find_policy(policy)
         if batch_size < 1 or uratio < 0:
             raise UserError(f"batch_size {batch_size} must be at least 1, uratio {uratio} at least 0")
+        if batch_size % ranks:
+            raise UserError(f"batch_size {batch_size} is not divisible by the {ranks} processes that share it")
         total, pool = len(dataset.train_images), len(split.unlabeled)
         if batch_size > total:
             raise UserError(f"batch_size {batch_size} is larger than {dataset.name} with its {total} training images")
@@ -39,11 +66,11 @@ class StepViews(torch.utils.data.Dataset):
                 f"uratio {uratio} x batch_size {batch_size} is {uratio * batch_size} images, more than the "
                 f"pool of {pool} unlabelled ones: take a smaller batch_size or uratio"
             )
-        self.dataset, self.split = dataset, split
-        self.policy, self.seed = POLICIES[policy], seed
+        self.dataset, self.split, self.seed = dataset, split, seed
         self.batch_size, self.uratio = batch_size, uratio
+        self.rank, self.ranks = rank, ranks
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
         labels = self.dataset.train_labels
         index, visit = self.draw(LABELED, step)
         batch = {"x": self._views(index, visit, View.LABELED_WEAK), "y": labels[index]}
@@ -60,7 +87,17 @@ class StepViews(torch.utils.data.Dataset):
         count = self.batch_size * (1 if stream == LABELED else self.uratio)
         start = step * count
         order = sample_order(len(pool), self.seed, stream, start, count)
-        return pool[order], np.arange(start, start + count) // len(pool)
+        mine = slice(self.rank, None, self.ranks)
+        return pool[order][mine], (np.arange(start, start + count) // len(pool))[mine]
+
+    def draws(self, step: int):
+        """-> (B + 2U, 4) int64: what `ops.augment_views` is to make of a step, in the order x, u_weak, u_strong."""
+        kinds = [(*self.draw(LABELED, step), View.LABELED_WEAK)]
+        if self.uratio:
+            unlabeled = self.draw(UNLABELED, step)
+            kinds += [(*unlabeled, View.UNLABELED_WEAK), (*unlabeled, View.UNLABELED_STRONG)]
+        parts = [np.stack([index, index, visit, np.full_like(index, view)], 1) for index, visit, view in kinds]
+        return np.concatenate(parts)
 
     def _views(self, index, visit, view: View):
         images = self.dataset.train_images[index]
@@ -87,3 +124,219 @@ def make_loader(views: StepViews, start: int, stop: int, num_workers: int = 0, p
         multiprocessing_context=fork,
         generator=torch.Generator(),  # its seed is of no use here: leave the global generator alone
     )
+
+
+# ---- Backends
+
+
+def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
+    """A backend or auto -> (native, dali or pil; why). Raises UserError where what is asked for is not there."""
+    from . import dali  # knows whether DALI is there
+
+    device = torch.device(device)
+    if name not in BACKENDS:
+        raise UserError(f"augment_backend may be {', '.join(BACKENDS)}, not '{name}'")
+    has_native = device.type in ops.kernels()["augment_views"]
+    no_native = f"no native kernel for {device.type}: {ops.backend()[1]}"
+    if name == "native" and not has_native:
+        raise UserError(f"augment_backend native is not there ({no_native}); pil needs no kernel")
+    if name == "dali" and dali.missing():
+        raise UserError(f"augment_backend dali is not there: {dali.missing()}")
+    if name != "auto":
+        return name, "as asked for"
+    if has_native:
+        return "native", f"auto: the {ops.backend()[0]} op has a kernel for {device.type}"
+    if device.type == "cuda" and not dali.missing():
+        return "dali", f"auto: {no_native}, but DALI is installed"
+    return "pil", f"auto: {no_native}"
+
+
+class Batches:
+    """An iterator over a run's batches, each a dict of tensors on the device:
+
+        images   (B + 2U, 3, H, W)  normalised, channels-last: x, u_weak and u_strong in turn
+        y        (B,) int64         labels of x
+        u_y      (U,) int64         labels of the unlabelled images, -1 where unknown: for diagnostics only
+        u_index  (U,) int64         where they are in the training set
+
+    `backend` names what makes them, `reason` says why that one, and `close()` ends what runs in the background.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Tensor]], backend: str, reason: str, close=None):
+        self.backend, self.reason = backend, reason
+        self._batches, self._close = batches, close
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        return next(self._batches)
+
+    def close(self) -> None:
+        if self._close:
+            self._close()
+        close = getattr(self._batches, "close", None)  # of a generator: leaves its finally blocks
+        if close:
+            close()
+
+
+def make_batches(
+    views: StepViews,
+    start: int,
+    stop: int,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_workers: int | None = None,
+    resident: bool | None = None,
+) -> Batches:
+    """The batches of steps start to stop - 1 of `views`, on `device`, by the backend asked for.
+
+    num_workers is for pil alone (default: 4 with a GPU, else 0). resident: whether the native backend keeps all
+    training images in the device's memory; default: where they take at most half of what is free. Otherwise each
+    batch's images come through pinned buffers, gathered ahead of time by a thread.
+    """
+    device = torch.device(device)
+    name, reason = choose_backend(backend, device)
+    if name == "pil":
+        workers = (4 if device.type == "cuda" else 0) if num_workers is None else num_workers
+        return Batches(_by_pillow(views, start, stop, device, dtype, workers), name, reason)
+    if name == "dali":
+        from .dali import dali_batches
+
+        return Batches(dali_batches(views, start, stop, device, dtype), name, reason)
+    if resident is None:
+        resident = device.type == "cpu" or _fits(views.dataset.train_images.nbytes, device)
+    if resident:
+        return Batches(_resident(views, start, stop, device, dtype), name, reason)
+    stop_thread = threading.Event()
+    batches = _streamed(views, start, stop, device, dtype, stop_thread)
+    return Batches(batches, name, f"{reason}; images stream through pinned memory", stop_thread.set)
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    free, _ = torch.cuda.mem_get_info(device)
+    return size <= free // 2
+
+
+def _by_pillow(views, start, stop, device, dtype, workers):
+    pin = device.type == "cuda"
+    mean, std = (torch.tensor(v, device=device) for v in (views.dataset.mean, views.dataset.std))
+    for batch in make_loader(views, start, stop, workers, pin_memory=pin):
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        images = torch.cat([batch[key] for key in ("x", "u_weak", "u_strong") if key in batch])
+        none = batch["y"][:0]
+        yield {
+            "images": normalize(images, mean, std, dtype),
+            "y": batch["y"],
+            "u_y": batch.get("u_y", none),
+            "u_index": batch.get("u_index", none),
+        }
+
+
+def _shared(images: np.ndarray) -> Tensor:
+    """The same memory as a tensor, also where numpy holds it read-only; nobody writes to it."""
+    if images.flags.writeable:
+        return torch.from_numpy(images)
+    view = images.view()
+    try:
+        view.flags.writeable = True
+    except ValueError:  # memory that really is read-only
+        return torch.from_numpy(images.copy())
+    return torch.from_numpy(view)
+
+
+_AHEAD = 64  # steps whose counters are drawn, and brought to the device, at once
+
+
+def _resident(views: StepViews, start: int, stop: int, device: torch.device, dtype: torch.dtype):
+    """All images in the device's memory, once. A step is one op, and every 64th a copy of 2 MB of counters."""
+    dataset = views.dataset
+    images = _shared(dataset.train_images).to(device)
+    labels = torch.from_numpy(dataset.train_labels).to(device)
+    b = views.batch_size // views.ranks
+    u = b * views.uratio
+    step = start
+    ahead = 1  # the first step must not wait for the counters of the next 63
+    while step < stop:
+        count = min(ahead, stop - step)
+        counters = torch.from_numpy(np.stack([views.draws(step + i) for i in range(count)]))
+        if device.type == "cuda":
+            counters = counters.pin_memory().to(device, non_blocking=True)
+        for draws in counters:
+            yield {
+                "images": ops.augment_views(
+                    images, draws, views.policy, views.seed, dataset.mean, dataset.std, dtype, dataset.flip
+                ),
+                "y": labels[draws[:b, 0]],
+                "u_y": labels[draws[b : b + u, 0]],
+                "u_index": draws[b : b + u, 0],
+            }
+        step += count
+        ahead = min(_AHEAD, 2 * ahead)
+
+
+def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dtype: torch.dtype, done, ahead: int = 3):
+    """A thread gathers the images of the next steps in pinned buffers; copies to the device run beside its work."""
+    dataset = views.dataset
+    b = views.batch_size // views.ranks
+    u = b * views.uratio
+    cuda = device.type == "cuda"
+    source = _shared(dataset.train_images)
+    shape = (b + u, *source.shape[1:])
+    buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=cuda) for _ in range(ahead)]
+    free, filled = queue.Queue(), queue.Queue()
+    for buffer in buffers:
+        free.put((buffer, None))
+
+    def fill():
+        try:
+            for step in range(start, stop):
+                buffer, copied = free.get()
+                if done.is_set():
+                    return
+                if copied is not None:
+                    copied.synchronize()  # the device has read what the buffer held
+                draws = torch.from_numpy(views.draws(step))
+                torch.index_select(source, 0, draws[: b + u, 0], out=buffer)
+                index = draws[:, 0].clone()
+                draws[: b + u, 0] = torch.arange(b + u)
+                draws[b + u :, 0] = torch.arange(b, b + u)  # strong views are of the weak views' images
+                filled.put((buffer, draws.pin_memory() if cuda else draws, index))
+            filled.put(None)
+        except BaseException as error:  # raised where the batch is asked for
+            filled.put(error)
+
+    thread = threading.Thread(target=fill, name="normatch-images", daemon=True)
+    thread.start()
+    labels = torch.from_numpy(dataset.train_labels)
+    side = torch.cuda.Stream(device) if cuda else None
+    try:
+        while (item := filled.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            buffer, draws, index = item
+            copied = None
+            if cuda:
+                with torch.cuda.stream(side):
+                    staged = buffer.to(device, non_blocking=True)
+                    copied = side.record_event()
+                torch.cuda.current_stream(device).wait_event(copied)
+                staged.record_stream(torch.cuda.current_stream(device))
+            else:
+                staged = buffer
+            images = ops.augment_views(
+                staged, draws.to(device, non_blocking=True), views.policy, views.seed, dataset.mean, dataset.std,
+                dtype, dataset.flip,
+            )  # fmt: skip
+            free.put((buffer, copied))
+            yield {
+                "images": images,
+                "y": labels[index[:b]].to(device),
+                "u_y": labels[index[b : b + u]].to(device),
+                "u_index": index[b : b + u].to(device),
+            }
+    finally:
+        done.set()
+        free.put((buffers[0], None))  # wakes the thread where it waits
+        thread.join(timeout=10)

@@ -1,6 +1,7 @@
 """Image sets, the labelled split and the order of visits."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real_data import CIFAR10, MNIST
 
 from normatch.augment import random_words
-from normatch.data import LABELED, UNLABELED, Split, load_dataset, sample_order, split_labels
+from normatch.data import LABELED, UNLABELED, Dataset, Split, load_dataset, make_split, sample_order, split_labels
 from normatch.errors import UserError
 
 
@@ -111,14 +113,108 @@ def test_what_torchvision_raises_becomes_one_line(monkeypatch, tmp_path, downloa
     assert "\n" not in str(raised.value)
 
 
-def test_unknown_and_later_names_are_told_apart():
+def test_unknown_names_are_told_the_nearest():
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
         load_dataset("cifar-10")
     with pytest.raises(UserError, match="did you mean"):
         load_dataset("")
-    for name in ("svhn", "stl10", "mnist", "fashionmnist", "miniimagenet", "folder", "csv"):
-        with pytest.raises(UserError, match=f"'{name}' is not there yet"):
-            load_dataset(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("cifar100", "cifar-100-python"),
+        ("svhn", "train_32x32.mat"),
+        ("svhn+extra", "extra_32x32.mat"),
+        ("stl10", "stl10_binary"),
+        ("mnist", "MNIST/raw"),
+        ("fashionmnist", "FashionMNIST/raw"),
+        ("miniimagenet", "train/CLASS"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, name, needed):
+    with pytest.raises(UserError, match=f"{re.escape(name)} is not in .*{re.escape(needed)}") as raised:
+        load_dataset(name, tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def fake_parts(monkeypatch, class_name, parts, size):
+    """Puts a stand-in for a torchvision class with named splits in place; every image holds its own number."""
+    from torchvision import datasets
+
+    class Parts:
+        classes = ("one", "two")
+
+        def __init__(self, root, split, download):
+            count = parts[split]
+            first = 100 * list(parts).index(split)
+            rows = np.arange(first, first + count, dtype=np.uint8)
+            self.data = np.broadcast_to(rows[:, None, None, None], (count, 3, size, size)).copy()
+            self.data[:, 1] += 1  # the channels differ
+            self.labels = np.full(count, -1) if split == "unlabeled" else np.arange(count) % 2
+
+    monkeypatch.setattr(datasets, class_name, Parts)
+
+
+def test_svhn_with_and_without_extra(monkeypatch, tmp_path):
+    fake_parts(monkeypatch, "SVHN", {"train": 6, "test": 4, "extra": 5}, 32)
+    (tmp_path / "train_32x32.mat").touch()
+    (tmp_path / "extra_32x32.mat").touch()
+    plain, more = load_dataset("svhn", tmp_path), load_dataset("svhn+extra", tmp_path)
+    assert plain.train_images.shape == (6, 32, 32, 3) and len(plain.test_images) == 4 and not plain.flip
+    assert more.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203, 204]
+    assert more.train_images[3, 5, 7].tolist() == [3, 4, 3] and more.train_labels.tolist() == [0, 1] * 3 + [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
+    assert plain.mean == plain.std == (0.5, 0.5, 0.5) and len(plain.classes) == 10
+
+
+def test_stl10_has_its_folds_and_its_unlabelled_images(monkeypatch, tmp_path):
+    fake_parts(monkeypatch, "STL10", {"train": 20, "test": 4, "unlabeled": 30}, 96)
+    (tmp_path / "stl10_binary").mkdir()
+    with pytest.raises(UserError, match=r"fold_indices\.txt"):
+        load_dataset("stl10", tmp_path)
+    folds = ["3 1 2 0", "7 6 5 4"]
+    (tmp_path / "stl10_binary" / "fold_indices.txt").write_text("\n".join(folds) + "\n")
+    data = load_dataset("stl10", tmp_path)
+    assert data.train_images.shape == (50, 96, 96, 3) and (data.train_labels[20:] == -1).all()
+    assert data.train_images[25, 3, 4].tolist() == [205, 206, 205]
+    for seed in range(3):
+        split = make_split(data, 4, seed)
+        assert split.labeled.tolist() == ([0, 1, 2, 3], [4, 5, 6, 7])[seed % 2] and len(split.unlabeled) == 50
+    assert len(make_split(data, 6, 0).labeled) == 6  # any other number is drawn from the 20
+    held = make_split(data, 4, 0, num_val=4)
+    assert not set(held.validation) & set(held.labeled) and len(held.validation) == 4 and len(held.unlabeled) == 46
+
+
+def test_stl10_as_published(monkeypatch, tmp_path):
+    fake_parts(monkeypatch, "STL10", {"train": 8, "test": 2, "unlabeled": 3}, 96)
+    (tmp_path / "stl10_binary").mkdir()
+    data = load_dataset("stl10", tmp_path, compat="reference")
+    assert data.train_images.shape == (8, 224, 224, 3) and data.test_images.shape[1:] == (224, 224, 3)
+    assert not data.folds and make_split(data, 4, 0).unlabeled.tolist() == list(range(8))
+
+
+@pytest.mark.skipif(MNIST is None, reason="MNIST is not at hand")
+def test_real_mnist():
+    data = load_dataset("mnist", MNIST)
+    assert data.train_images.shape == (60_000, 28, 28, 3) and data.test_images.shape == (10_000, 28, 28, 3)
+    assert (data.train_images[..., 0] == data.train_images[..., 2]).all() and data.train_images.flags.c_contiguous
+    assert np.bincount(data.train_labels).min() == 5421 and not data.flip
+    assert abs(data.train_images.mean() / 255 - data.mean[0]) < 5e-5
+    assert abs(data.train_images[:, :, :, 0].std() / 255 - data.std[0]) < 5e-5
+
+
+@pytest.mark.skipif(CIFAR10 is None, reason="CIFAR-10 is not at hand")
+def test_real_cifar10():
+    data = load_dataset("cifar10", CIFAR10)
+    assert data.train_images.shape == (50_000, 32, 32, 3) and data.train_images.flags.c_contiguous
+    assert (np.bincount(data.train_labels) == 5000).all() and (np.bincount(data.test_labels) == 1000).all()
+    assert np.abs(data.train_images[::10].mean((0, 1, 2)) / 255 - data.mean).max() < 5e-3
 
 
 # ---- The split
@@ -227,6 +323,36 @@ def test_impossible_splits_name_what_is_possible(settings, message):
     labels[90:100] = -1  # class 3 is left with 20
     with pytest.raises(UserError, match=message):
         split_labels(labels, num_classes=10, seed=0, **settings)
+
+
+def data_with(labels, **more):
+    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    half = (0.5,) * 3
+    return Dataset("own", images, np.array(labels), images[:2], np.array([0, 1]), ["a", "b"], half, half, True, **more)
+
+
+def test_all_labels_there_are_may_be_unbalanced():
+    split = make_split(data_with([0, 0, 0, 1, -1, -1]), 0, seed=0)
+    assert split.labeled.tolist() == [0, 1, 2, 3] and split.unlabeled.tolist() == list(range(6))
+    with pytest.raises(UserError, match="class 'b' has no labelled image"):
+        make_split(data_with([0, 0, -1]), 0, seed=0)
+
+
+def test_validation_images_of_the_data_set_are_in_neither_pool():
+    data = data_with([0, 0, 1, 1, -1, 0, 1], validation=np.array([5, 6]))
+    for num_labels in (0, 2):
+        split = make_split(data, num_labels, seed=0)
+        assert split.validation.tolist() == [5, 6] and split.unlabeled.tolist() == [0, 1, 2, 3, 4]
+        assert not set(split.labeled) & {4, 5, 6}
+    with pytest.raises(UserError, match="validation images of its own"):
+        make_split(data, 2, seed=0, num_val=2)
+
+
+def test_ordinary_splits_are_those_of_split_labels():
+    digits = load_dataset("digits")
+    for num_val in (0, 20):
+        got = make_split(digits, 40, 3, num_val)
+        assert got.sha256 == split_labels(digits.train_labels, 40, 10, 3, num_val).sha256
 
 
 # ---- The order

@@ -1,13 +1,16 @@
 """The batches of a run: functions of the step alone, whoever makes them."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from normatch.augment import POLICIES, View, draw_parameters, strong_views, weak_views
+from normatch import ops
+from normatch.augment import POLICIES, View, draw_parameters, normalize, strong_views, weak_views
 from normatch.data import LABELED, Dataset, load_dataset, split_labels
 from normatch.errors import UserError
-from normatch.loader import StepViews, make_loader
+from normatch.loader import StepViews, choose_backend, make_batches, make_loader
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +175,151 @@ def test_impossible_settings_are_one_line(dataset, settings, message):
     with pytest.raises(UserError, match=message) as raised:
         views(dataset, **settings)
     assert "\n" not in str(raised.value)
+
+
+# ---- Backends
+
+
+def batches_of(dataset, start=0, stop=6, **settings):
+    given = {k: settings.pop(k) for k in ("backend", "resident", "num_workers", "dtype") if k in settings}
+    return list(make_batches(views(dataset, **settings), start, stop, **given))
+
+
+needs_native = pytest.mark.skipif("cpu" not in ops.kernels()["augment_views"], reason="the compiled op is not in use")
+
+
+@needs_native
+@pytest.mark.parametrize("policy", POLICIES)
+def test_native_batches_are_pillows(dataset, policy):
+    native, pil = (batches_of(dataset, backend=b, policy=policy) for b in ("native", "pil"))
+    assert len(native) == len(pil) == 6
+    for got, want in zip(native, pil, strict=True):
+        assert_same(got, want)
+        assert got["images"].shape == (8 + 2 * 24, 3, 32, 32)
+        assert got["images"].is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_native
+@pytest.mark.parametrize("settings", [{"resident": False}, {"resident": True}, {"backend": "pil", "num_workers": 2}])
+def test_every_way_to_a_batch_gives_the_same(dataset, settings):
+    want = batches_of(dataset, 0, 150, backend="native")
+    for got, expected in zip(batches_of(dataset, 0, 150, **settings), want, strict=True):
+        assert_same(got, expected)
+    for got, expected in zip(batches_of(dataset, 70, 150, **settings), want[70:], strict=True):  # a resumed run
+        assert_same(got, expected)
+
+
+def test_batches_are_the_normalised_step_views(dataset):
+    steps = views(dataset)
+    for step, batch in enumerate(make_batches(steps, 0, 3)):
+        plain = steps[step]
+        images = torch.cat([plain["x"], plain["u_weak"], plain["u_strong"]])
+        assert torch.equal(batch["images"], normalize(images, dataset.mean, dataset.std))
+        assert all(torch.equal(batch[key], plain[key]) for key in ("y", "u_y", "u_index"))
+
+
+def test_supervised_batches_have_no_unlabelled_part(dataset):
+    for backend in ("auto", "pil"):
+        (batch,) = make_batches(views(dataset, uratio=0), 4, 5, backend)
+        assert batch["images"].shape == (8, 3, 32, 32) and len(batch["u_y"]) == len(batch["u_index"]) == 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_batches_of_one_process(dataset, ranks):
+    split = split_labels(dataset.train_labels, 20, 10, seed=0)
+    arguments = (dataset, split, "kekmodel", 0, 8, 3)
+    whole = list(make_batches(StepViews(*arguments), 0, 4))
+    parts = [list(make_batches(StepViews(*arguments, rank=r, ranks=ranks), 0, 4)) for r in range(ranks)]
+    for step, batch in enumerate(whole):
+        x, weak, strong = batch["images"].split([8, 24, 24])
+        for rank, mine in enumerate(part[step] for part in parts):
+            want = torch.cat([x[rank::ranks], weak[rank::ranks], strong[rank::ranks]])
+            assert torch.equal(mine["images"], want) and torch.equal(mine["y"], batch["y"][rank::ranks])
+            assert torch.equal(mine["u_index"], batch["u_index"][rank::ranks])
+    with pytest.raises(UserError, match="not divisible by the 3 processes"):
+        StepViews(*arguments, ranks=3)
+
+
+@needs_native
+def test_bfloat16_batches(dataset):
+    (batch,) = batches_of(dataset, stop=1, dtype=torch.bfloat16)
+    (full,) = batches_of(dataset, stop=1)
+    assert torch.equal(batch["images"], full["images"].to(torch.bfloat16))
+
+
+@needs_native
+def test_the_images_are_in_memory_once(dataset):
+    """The native backend reads the data set's own memory, in this process."""
+    steps = views(dataset)
+    batches = make_batches(steps, 0, 2, backend="native")
+    first = next(batches)["images"].clone()
+    saved = dataset.train_images.copy()
+    try:
+        dataset.train_images[:] = 0
+        assert not torch.equal(next(iter(make_batches(steps, 0, 1)))["images"], first)
+        black = normalize(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), dataset.mean, dataset.std)
+        assert (next(batches)["images"][:8] == black).all()
+    finally:
+        dataset.train_images[:] = saved
+
+
+def test_read_only_images_are_fine(dataset):
+    from dataclasses import replace
+
+    frozen = dataset.train_images.copy()
+    frozen.flags.writeable = False
+    same = replace(dataset, train_images=frozen)
+    assert torch.equal(
+        next(make_batches(views(same), 0, 1))["images"], next(make_batches(views(dataset), 0, 1))["images"]
+    )
+
+
+@needs_native
+def test_closing_ends_the_thread_that_gathers(dataset):
+    import threading
+
+    batches = make_batches(views(dataset), 0, 10**6, resident=False)
+    next(batches)
+    next(batches)
+    assert any(t.name == "normatch-images" for t in threading.enumerate())
+    batches.close()
+    for _ in range(100):
+        if not any(t.name == "normatch-images" for t in threading.enumerate()):
+            break
+        time.sleep(0.02)
+    assert not any(t.name == "normatch-images" for t in threading.enumerate())
+
+
+@needs_native
+def test_an_error_in_the_thread_reaches_the_loop(dataset, monkeypatch):
+    steps = views(dataset)
+    batches = make_batches(steps, 0, 100, resident=False)
+    next(batches)
+    monkeypatch.setattr(steps, "draws", lambda step: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        for _ in range(10):
+            next(batches)
+
+
+def test_the_choice_is_explained(monkeypatch):
+    name, reason = choose_backend("auto", "cpu")
+    if "cpu" in ops.kernels()["augment_views"]:
+        assert (name, reason) == ("native", f"auto: the {ops.backend()[0]} op has a kernel for cpu")
+    monkeypatch.setattr(ops, "kernels", lambda: {"augment_views": frozenset()})
+    name, reason = choose_backend("auto", "cpu")
+    assert name == "pil" and reason.startswith("auto: no native kernel for cpu")
+    with pytest.raises(UserError, match="augment_backend native is not there"):
+        choose_backend("native", "cpu")
+    with pytest.raises(UserError, match="augment_backend may be auto, native, dali, pil, not 'cv2'"):
+        choose_backend("cv2", "cpu")
+    assert choose_backend("pil", "cpu") == ("pil", "as asked for")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_on_the_gpu_are_those_of_the_cpu(dataset, resident):
+    steps = views(dataset)
+    got = list(make_batches(steps, 0, 80, device="cuda", resident=resident))
+    for batch, want in zip(got, make_batches(steps, 0, 80), strict=True):
+        assert all(value.device.type == "cuda" for value in batch.values())
+        assert_same({key: value.cpu() for key, value in batch.items()}, want)
