@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTORCH_ROOT={torch.submodule_search_locations[0]}",
             f"-DNORMATCH_OUTPUT={output}",
