@@ -1,0 +1,149 @@
+"""DALI's views: Pillow's pixels for every operation that DALI lets us write, from the same counters, from any step."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from real_data import CIFAR10, ROOT
+
+from normatch import reference
+from normatch.augment import OPS, POLICIES, View
+from normatch.dali import Views, missing
+from normatch.data import load_dataset, split_labels
+from normatch.errors import UserError
+from normatch.loader import StepViews, choose_backend, make_batches
+
+needs_dali = pytest.mark.skipif(missing() is not None, reason="DALI is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+KEK, LEE = POLICIES["kekmodel"], POLICIES["leedoyup"]
+EXACT = tuple(op for op in OPS if op != "Equalize")
+
+
+@pytest.fixture(scope="module")
+def images():
+    photographs = load_dataset("cifar10", CIFAR10).train_images[:60] if CIFAR10 else np.empty((0, 32, 32, 3), np.uint8)
+    return np.concatenate([load_dataset("digits").train_images[:40], photographs])
+
+
+def draws_of(images, batches=1, view=View.UNLABELED_STRONG):
+    rows = np.arange(len(images))
+    return [np.stack([rows, rows, np.full_like(rows, visit), np.full_like(rows, view)], 1) for visit in range(batches)]
+
+
+def both(images, policy, batches=2, view=View.UNLABELED_STRONG, seed=0, flip=True):
+    draws = draws_of(images, batches, view)
+    made = Views(images, policy, seed, len(images), draws, flip=flip, num_threads=2)
+    for (rows, got), batch in zip(made, draws, strict=True):
+        assert np.array_equal(rows, batch[:, 0])
+        want = reference.augment_views(
+            torch.from_numpy(images), torch.from_numpy(batch), policy, seed, dtype=torch.uint8, flip=flip
+        )
+        yield got, want
+
+
+@needs_dali
+@pytest.mark.parametrize("op", EXACT)
+def test_an_operation_gives_pillows_pixels(op, images):
+    for base in (KEK, LEE):
+        policy = replace(base, ops=(op,), num_ops=1, probability=1.0)
+        for got, want in both(images, policy, batches=3 if base is KEK else 2):
+            assert torch.equal(got, want)
+
+
+@needs_dali
+def test_equalize_is_dalis_own():
+    """The one exception. Pillow counts whole pixels a level, 3 or 4 for 1,024 of them, and so stretches further."""
+    ramp = np.random.default_rng(0).normal(120, 40, (20, 32, 32, 3)).clip(0, 255).astype(np.uint8)
+    policy = replace(KEK, ops=("Equalize",), num_ops=1, probability=1.0, cutout_pixels=0)
+    for got, want in both(ramp, policy, batches=1):
+        difference = (got.int() - want.int()).abs().float()
+        assert 0 < difference.mean() < 30
+        order = got[0, 0].flatten().long() * 256 + want[0, 0].flatten()
+        assert (order.sort().values % 256).diff().min() >= 0  # the same order of levels
+
+
+@needs_dali
+@pytest.mark.parametrize("policy", [KEK, LEE, POLICIES["fixmatch-paper"], POLICIES["weak"]])
+@pytest.mark.parametrize("view", [View.UNLABELED_WEAK, View.UNLABELED_STRONG])
+def test_whole_views(policy, view, images):
+    for got, want in both(images, replace(policy, ops=EXACT), view=view, seed=9):
+        assert torch.equal(got, want)
+    for got, want in both(images[:5], replace(policy, ops=EXACT), batches=1, view=view, flip=False):
+        assert torch.equal(got, want)
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [(28, 28), (7, 5), (33, 48), (2, 9)])
+def test_odd_sizes(size):
+    odd = np.random.default_rng(0).integers(0, 256, (40, *size, 3), dtype=np.uint8)
+    for policy in (KEK, LEE):
+        for got, want in both(odd, replace(policy, ops=EXACT), batches=1):
+            assert torch.equal(got, want)
+
+
+@needs_dali
+def test_batches_are_those_of_the_other_backends_from_any_step():
+    digits = load_dataset("digits")
+    split = split_labels(digits.train_labels, 40, 10, seed=0)
+    steps = StepViews(digits, split, "kekmodel", 0, 4, 3)
+    steps.policy = replace(steps.policy, ops=EXACT)
+    want = list(make_batches(steps, 0, 6, "pil"))
+    for start in (0, 4):
+        batches = make_batches(steps, start, 6, "dali")
+        got = list(batches)  # held all at once: each has memory of its own
+        assert batches.backend == "dali" and len(got) == 6 - start
+        for batch, expected in zip(got, want[start:], strict=True):
+            assert batch["images"].is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(batch["images"], expected["images"], rtol=0, atol=2e-6)
+            assert all(torch.equal(batch[key], expected[key]) for key in ("y", "u_y", "u_index"))
+
+
+@needs_dali
+def test_encoded_files_are_decoded_and_resized(tmp_path):
+    paths = []
+    for i, size in enumerate([(32, 32), (64, 48), (20, 90)]):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", size, (40 * i, 100, 200)).save(paths[-1])
+    draws = [np.stack([np.arange(3), np.arange(3), np.zeros(3, np.int64), np.ones(3, np.int64)], 1)]
+    (made,) = Views(paths, POLICIES["kekmodel"], 0, 3, draws, size=32)
+    rows, views = made
+    assert views.shape == (3, 3, 32, 32) and rows.tolist() == [0, 1, 2]
+    assert torch.equal(views[:, :, 5, 5], torch.tensor([[40 * i, 100, 200] for i in range(3)], dtype=torch.uint8))
+
+
+def test_without_dali_everything_else_works():
+    code = (
+        "import sys; sys.modules['nvidia.dali'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'nvidia.dali' else find(name, *a)\n"
+        "from normatch.loader import choose_backend\n"
+        "from normatch.errors import UserError\n"
+        "print(choose_backend('auto', 'cpu')[0])\n"
+        "try: choose_backend('dali', 'cpu')\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    first, second = done.stdout.strip().splitlines()
+    assert first in ("native", "pil") and "pip install nvidia-dali-cuda" in second, done.stderr
+
+
+@pytest.mark.skipif(missing() is None, reason="DALI is installed")
+def test_asking_for_it_says_how_to_get_it():
+    with pytest.raises(UserError, match="pip install nvidia-dali"):
+        choose_backend("dali", "cpu")
+
+
+@needs_dali
+@pytest.mark.gpu
+def test_on_the_gpu(images):
+    policy = replace(KEK, ops=EXACT)
+    (draws,) = draws_of(images)
+    ((_, got),) = Views(images, policy, 0, len(images), [draws], device="cuda")
+    want = reference.augment_views(torch.from_numpy(images), torch.from_numpy(draws), policy, 0, dtype=torch.uint8)
+    assert got.is_cuda
+    differs = (got.cpu().int() - want.int()).abs()
+    assert differs.max() <= 1 or (differs > 1).float().mean() < 1e-3  # fused multiply-add; nearest pixels at ties
