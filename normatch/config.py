@@ -25,10 +25,14 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     method: Literal["normatch", "fixmatch", "supervised"] = key("normatch", "what is trained")
-    dataset: str = key("digits", "digits, cifar10, cifar100")
+    dataset: str = key(
+        "digits",
+        "digits, cifar10, cifar100, svhn, svhn+extra, stl10, mnist, fashionmnist, miniimagenet; your own: folder, csv",
+    )
     data_dir: str | None = key(None, "folder that holds the data set")
     download: bool = key(False, "let torchvision download the data set into data_dir")
-    num_labels: Positive = key(40, "labelled images, the same number of every class")
+    image_size: Positive | None = key(None, "side of the images of a folder or table, pixels; none: what suits most")
+    num_labels: NonNegative = key(40, "labelled images, the same number of every class; 0: all that there are")
     num_val: NonNegative = key(
         0,
         "training images held out to choose the best checkpoint; 0: by the test set, as in the papers",
@@ -66,8 +70,8 @@ class Config(BaseModel):
     flow_lr: Weight = key(1e-3, "normatch: learning rate of AdamW on the flow")
     clip: Weight = key(50.0, "normatch: largest gradient norm of the flow; 0: no clipping")
 
-    augment: Literal["kekmodel", "leedoyup"] = key("kekmodel", "weak and strong augmentation policy")
-    augment_backend: Literal["auto", "pil"] = key("auto", "what computes the views")
+    augment: str = key("kekmodel", "augmentation policy: kekmodel, leedoyup, fixmatch-paper, weak, or a YAML file")
+    augment_backend: Literal["auto", "native", "dali", "pil"] = key("auto", "what computes the views")
     num_workers: NonNegative | None = key(
         None, "processes that compute views, 0: the training process itself; none: 4 with a GPU, 0 without"
     )

@@ -6,7 +6,6 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from . import __version__, ops
-from .augment import normalize
 from .backbones import Classifier, build_backbone
 from .config import Config, make_config
-from .data import load_dataset, split_labels
+from .data import load_dataset, make_split
 from .errors import Interrupted, UserError
 from .evaluation import accuracy
-from .loader import StepViews, make_loader
+from .loader import StepViews, make_batches
 from .methods import METHODS
 from .optim import EMA, cosine_7_16, decay_groups
 from .run import Run, device_name
@@ -59,8 +57,9 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     device = choose_device(config.device)
     run = Run(config)
     checkpoint = run.checkpoint_to_resume(config)
-    dataset = load_dataset(config.dataset, config.data_dir, config.download)
-    split = split_labels(dataset.train_labels, config.num_labels, len(dataset.classes), config.seed, config.num_val)
+    dataset = load_dataset(config.dataset, config.data_dir, config.download, config.image_size, config.compat)
+    split = make_split(dataset, config.num_labels, config.seed, config.num_val)
+    held_out = len(split.validation)
     uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
     views = StepViews(dataset, split, config.augment, config.seed, config.batch_size, uratio)
 
@@ -74,32 +73,32 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     split.save(run.folder / "split.npz")
 
     # ---- The loop.
-    autocast = make_autocast(config.precision, device)
     forward = torch.compile(state.objective) if config.compile else state.objective
-    # On the CPU, workers would only take cores from the training process.
-    workers = (4 if device.type == "cuda" else 0) if config.num_workers is None else config.num_workers
-    loader = make_loader(views, start, config.steps, workers, pin_memory=device.type == "cuda")
+    bf16 = uses_bf16(config.precision, device)
+    batches = make_batches(
+        views,
+        start,
+        config.steps,
+        config.augment_backend,
+        device,
+        torch.bfloat16 if bf16 else torch.float32,
+        config.num_workers,
+    )
+    print(f"augmentation: {batches.backend} ({batches.reason})", file=sys.stderr)
     images_per_step = config.batch_size * (1 + 2 * uratio)
     report = Progress(config, start)
     clock = Clock(state.seconds)
-    mean, std = (torch.tensor(v, device=device) for v in (dataset.mean, dataset.std))
     state.objective.train()
     stop = StopRequest()
     try:
-        batches = iter(loader)
         while state.step < config.steps:
             clock.start_step()
             batch = next(batches)
             clock.data_arrived()
 
-            images = torch.cat([batch[k] for k in ("x", "u_weak", "u_strong") if k in batch])
-            x = normalize(images.to(device, non_blocking=True), mean, std)
-            y = batch["y"].to(device, non_blocking=True)
-            u_y = batch["u_y"].to(device, non_blocking=True) if uratio else y[:0]
-
             lr = state.begin_step()
-            with autocast():
-                loss, metrics = forward(x, y, u_y, torch.tensor(state.step))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, metrics = forward(batch["images"], batch["y"], batch["u_y"], torch.tensor(state.step))
             loss.backward()
             state.update()
             state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
@@ -122,7 +121,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
             if evaluating:
                 scores = state.evaluate(dataset, split, last)
                 run.log(state.step, "eval", scores)
-                chosen = scores["val_accuracy" if config.num_val else "test_accuracy"]
+                chosen = scores["val_accuracy" if held_out else "test_accuracy"]
                 improved = state.best is None or chosen > state.best["accuracy"]
                 if improved:
                     state.best = {"accuracy": chosen, "step": state.step}
@@ -142,12 +141,13 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
     finally:
         stop.restore()
+        batches.close()
         report.close()
         run.close()
 
     # ---- The summary.
     best_test = state.best["accuracy"]
-    if config.num_val:  # the test set is touched here only: the last weights above, the chosen ones now
+    if held_out:  # the test set is touched here only: the last weights above, the chosen ones now
         state.ema.module.load_state_dict(torch.load(run.best, map_location=device, weights_only=True)["ema"])
         best_test = state.evaluate(dataset, split, last=True)["test_accuracy"]
     summary = {
@@ -156,9 +156,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         "num_labels": config.num_labels,
         "seed": config.seed,
         "steps": config.steps,
-        "protocol": f"validation on {config.num_val} training images, test set once"
-        if config.num_val
-        else PAPER_PROTOCOL,
+        "protocol": f"validation on {held_out} training images, test set once" if held_out else PAPER_PROTOCOL,
         "test_accuracy": scores["test_accuracy"],
         "test_accuracy_flow": scores.get("test_accuracy_flow"),
         "best_test_accuracy": best_test,
@@ -169,7 +167,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         "views_per_second": images_per_step / clock.median(),
         "data_wait": clock.data_share(),
         "device": device_name(device),
-        "augment_backend": "pil",
+        "augment_backend": batches.backend,
         "ops_backend": ops.backend()[0],
         "resumed_from_step": start if checkpoint else None,
         "split_sha256": split.sha256,
@@ -260,10 +258,10 @@ class TrainingState:
         training = method.training
         method.eval()
         scores = {}
-        if self.config.num_val:
+        if len(split.validation):
             images, labels = dataset.train_images[split.validation], dataset.train_labels[split.validation]
             scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std, "val")
-        if last or not self.config.num_val:
+        if last or not len(split.validation):
             images, labels = dataset.test_images, dataset.test_labels
             scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std)
         method.train(training)
@@ -352,10 +350,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_autocast(precision: str, device: torch.device) -> Callable:
-    """The context of the forward pass: bf16 autocast, or none."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether the forward pass runs under bf16 autocast."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 class Meter:
