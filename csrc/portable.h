@@ -85,6 +85,9 @@ struct alignas(16) Pack {
     memcpy(&pack, __builtin_assume_aligned(aligned, 16), sizeof(pack));
     return pack;
   }
+  NM_HD void store(T* aligned) const {
+    memcpy(__builtin_assume_aligned(static_cast<void*>(aligned), 16), this, sizeof(*this));
+  }
 };
 
 }  // namespace normatch
