@@ -77,12 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="IN", help="a run folder or a checkpoint, ours or published")
     convert.add_argument("target", metavar="OUT", help="the new file, .pt or .safetensors")
     convert.set_defaults(run=_convert)
-    for command in (evaluate, convert):
+    for command in (evaluate, predict, convert):
         command.add_argument("--dataset", help="what a published checkpoint was trained on (default: by its classes)")
 
     plot = commands.add_parser("plot", help="draw the curves of runs; those that differ in their seed as mean and band")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, finished or not")
-    plot.add_argument("--out", metavar="FILE", help=".png, .pdf or .svg (default: RUN/curves.png; of several curves.png)")
+    plot.add_argument("--out", metavar="FILE", help=".png, .pdf or .svg (default: RUN/curves.png; several: curves.png)")
     plot.set_defaults(run=_plot)
 
     for command in (evaluate, predict):
@@ -204,7 +204,7 @@ def _predict(options) -> int:
     from .evaluation import find_images, load
     from .trainer import choose_device
 
-    model = load(options.checkpoint, choose_device(options.device))
+    model = load(options.checkpoint, choose_device(options.device), options.dataset)
     paths = find_images(options.images)
     for start in range(0, len(paths), 500):
         part = paths[start : start + 500]

@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import ValidationError
 from torch import nn
 
+from . import published
 from .augment import normalize
 from .backbones import Classifier, build_backbone
 from .config import Config
 from .data import load_dataset
 from .errors import UserError
 from .methods import METHODS
-from .run import load_checkpoint
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -21,19 +22,25 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 class Model(nn.Module):
     """A trained classifier with all that is needed to use it: the averaged weights, the classes, the normalisation.
 
-    `classifier(x) -> features, logits`; `flows`: the flow heads, empty for methods without one.
+    `classifier(x) -> features, logits`; `flows`: the flow heads, empty for methods without one. `source`: the layout
+    of the published checkpoint that it came from, None for our own.
     """
 
-    def __init__(self, classifier, flows, classes: list[str], mean, std, image_size: int, config: Config):
+    def __init__(
+        self,
+        classifier,
+        flows,
+        classes: list[str],
+        mean,
+        std,
+        image_size: int,
+        config: Config,
+        source: str | None = None,
+    ):
         super().__init__()
         self.classifier, self.flows = classifier, flows
-        self.classes, self.mean, self.std, self.image_size, self.config = (
-            classes,
-            mean,
-            std,
-            image_size,
-            config,
-        )
+        self.classes, self.mean, self.std = classes, mean, std
+        self.image_size, self.config, self.source = image_size, config, source
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x: (N, 3, H, W), normalised -> (N, K) logits of the linear classifier."""
@@ -74,55 +81,133 @@ def read_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path} is not an image that can be read: {error}") from None
 
 
-def load(checkpoint: str | Path, device: str | torch.device = "cpu") -> Model:
-    """A run folder or a checkpoint file -> its model, with the averaged weights, in evaluation mode."""
-    state = load_checkpoint(checkpoint)
-    config = Config(**state["config"])
+def load(checkpoint: str | Path, device: str | torch.device = "cpu", dataset: str | None = None) -> Model:
+    """A run folder or a checkpoint file, ours or published -> its model, averaged weights, in evaluation mode.
+
+    A published checkpoint does not say which images it was trained on: it is taken to be the published recipe's for
+    such a network and number of classes, unless `dataset` names another (svhn, for instance).
+    """
+    return build_model(published.read(checkpoint, dataset), checkpoint).to(device)
+
+
+def build_model(state: dict, name) -> Model:
+    """A checkpoint's state -> the model; `name` is what to call it in errors."""
+    try:
+        config = Config(**state["config"])
+    except (ValidationError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} has a configuration that this version does not know: {reason}") from None
     if state["backbone"] != "named":
-        raise UserError(f"{checkpoint} was trained on a backbone of your own: build it and load state['ema'] into it")
-    transition = "raw" if config.compat == "reference" else "activated"
+        raise UserError(f"{name} was trained on a backbone of your own: build it and load state['ema'] into it")
+    transition = state.get("transition") or ("raw" if config.compat == "reference" else "activated")
     backbone = build_backbone(config.backbone, transition, config.bn_momentum, state["image_size"])
     classifier = Classifier(backbone, len(state["classes"]), state["image_size"])
     method = METHODS[config.method](classifier.features, len(state["classes"]), config)
+    try:
+        nn.ModuleDict({"classifier": classifier, "method": method}).load_state_dict(used_weights(state))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tensors of {name} are not those of a {config.backbone}: {reason}") from None
+    model = Model(
+        classifier,
+        method.flows,
+        state["classes"],
+        state["mean"],
+        state["std"],
+        state["image_size"],
+        config,
+        state.get("source"),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def used_weights(state: dict) -> dict:
+    """The weights that are evaluated: the averaged ones, except that the published flow is not averaged."""
     weights = dict(state["ema"])
-    if config.compat == "reference":  # the published flow is not averaged
-        weights.update({k: v for k, v in state["model"].items() if k.startswith("method.")})
-    nn.ModuleDict({"classifier": classifier, "method": method}).load_state_dict(weights)
-    model = Model(classifier, method.flows, state["classes"], state["mean"], state["std"], state["image_size"], config)
-    return model.eval().requires_grad_(False).to(device)
+    if state["config"]["compat"] == "reference":
+        weights.update({name: value for name, value in state["model"].items() if name.startswith("method.")})
+    return weights
 
 
-def evaluate(checkpoint: str | Path, data_dir: str | None = None, device: str | torch.device = "cpu") -> dict:
-    """A run folder or a checkpoint -> its accuracy on the test set of the data set it was trained on, in percent."""
-    model = load(checkpoint, device)
+def evaluate(
+    checkpoint: str | Path,
+    data_dir: str | None = None,
+    device: str | torch.device = "cpu",
+    dataset: str | None = None,
+) -> dict:
+    """A run folder or a checkpoint, ours or published -> its scores on a test set, in percent, and its confusions.
+
+    The test set is that of the data set it was trained on, or of `dataset`, which must have as many classes.
+    `per_class`: class -> accuracy, None where the set has no image of it. `confusion`: (K, K) counts, a row for each
+    true class, a column for each predicted one. `test_balanced_accuracy`: the mean accuracy of the classes.
+    """
+    model = load(checkpoint, device, dataset)
     config = model.config
-    dataset = load_dataset(config.dataset, data_dir or config.data_dir, config.download)
-    if list(dataset.classes) != list(model.classes):
-        raise UserError(f"the classes of {config.dataset} are not those of {checkpoint}")
-    scores = accuracy(model.classifier, model.flows, dataset.test_images, dataset.test_labels, model.mean, model.std)
-    return {"dataset": dataset.name, "images": len(dataset.test_labels), **scores}
+    data = load_dataset(
+        dataset or config.dataset, data_dir or config.data_dir, config.download, model.image_size, config.compat
+    )
+    if not len(data.test_labels):
+        raise UserError(f"{data.name} has no test images")
+    # The names of a published checkpoint's classes are not in the file, so only their number can be compared.
+    same = (
+        len(data.classes) == len(model.classes)
+        if dataset or model.source
+        else list(data.classes) == list(model.classes)
+    )
+    if not same:
+        raise UserError(f"the classes of {data.name} are not those of {checkpoint}")
+    counts = count(model.classifier, model.flows, data.test_images, data.test_labels, model.mean, model.std)
+    confusion = counts["confusion"]
+    right, of_class = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    per_class = [100 * r / n if n else None for r, n in zip(right, of_class, strict=True)]
+    seen = [score for score in per_class if score is not None]
+    scores = {"dataset": data.name, "images": len(data.test_labels), **_accuracies(counts, "test")}
+    if len(model.classes) > 5:
+        scores["test_top5"] = 100 * counts["top5"] / len(data.test_labels)
+    return {
+        **scores,
+        "test_balanced_accuracy": sum(seen) / len(seen),
+        "per_class": dict(zip(data.classes, per_class, strict=True)),
+        "confusion": confusion.tolist(),
+    }
 
 
-@torch.inference_mode()
 def accuracy(classifier, flows, images, labels, mean, std, prefix="test", batch_size=500) -> dict:
     """images: (N, H, W, 3) uint8, labels: (N,) -> {`PREFIX_accuracy`, `PREFIX_accuracy_flow` if there is a flow}, %.
 
-    `classifier` and `flows` must be in evaluation mode. One pass; the counts are read back once, at its end.
+    `classifier` and `flows` must be in evaluation mode.
     """
-    device = classifier.fc.weight.device
+    return _accuracies(count(classifier, flows, images, labels, mean, std, batch_size), prefix)
+
+
+@torch.inference_mode()
+def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
+    """images: (N, H, W, 3) uint8, labels: (N,) -> `confusion` (K, K), `confusion_flow` if there is a flow, `top5`.
+
+    A row of a confusion matrix is a true class, a column a predicted one. One pass; read back once, at its end.
+    """
+    weight = classifier.fc.weight
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    right = torch.zeros(2, dtype=torch.long, device=device)
+    k = len(weight)
+    matrices = torch.zeros(2, k * k, dtype=torch.long, device=weight.device)
+    top5 = torch.zeros((), dtype=torch.long, device=weight.device)
     for part, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        y = y.to(device)
-        features, logits = classifier(normalize(part.to(device), mean, std))
-        right[0] += (logits.argmax(1) == y).sum()
+        y = y.to(weight.device)
+        features, logits = classifier(normalize(part.to(weight.device), mean, std, weight.dtype))
+        matrices[0].index_add_(0, k * y + logits.argmax(1), torch.ones_like(y))
+        top5 += (logits.topk(min(5, k)).indices == y[:, None]).sum()
         if len(flows):
-            right[1] += (flows[0](features).class_log_prob.argmax(1) == y).sum()
-    linear, flow = (100 * right / len(labels)).tolist()
-    scores = {f"{prefix}_accuracy": linear}
-    if len(flows):
-        scores[f"{prefix}_accuracy_flow"] = flow
-    return scores
+            choice = flows[0](features).class_log_prob.argmax(1)
+            matrices[1].index_add_(0, k * y + choice, torch.ones_like(y))
+    linear, flow = matrices.view(2, k, k).cpu()
+    counts = {"confusion": linear, "top5": top5.item()}
+    return {**counts, "confusion_flow": flow} if len(flows) else counts
+
+
+def _accuracies(counts: dict, prefix: str) -> dict:
+    names = {"confusion": f"{prefix}_accuracy", "confusion_flow": f"{prefix}_accuracy_flow"}
+    found = {name: counts[key] for key, name in names.items() if key in counts}
+    return {name: 100 * matrix.trace().item() / matrix.sum().item() for name, matrix in found.items()}
 
 
 def find_images(paths) -> list[Path]:
