@@ -170,7 +170,7 @@ __device__ __forceinline__ T finished(uint8_t v, float scale, float shift) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     augment_views_kernel(ViewPolicy p, uint64_t seed, const uint8_t* images, int64_t rows, const int64_t* draws,
                          int64_t count, uint8_t* workspace, T* out) {
   NM_DYNAMIC_SHARED(uint8_t, pictures);
