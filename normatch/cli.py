@@ -167,10 +167,10 @@ def _train(options) -> int:
 
 
 def _eval(options) -> int:
+    from . import distributed
     from .evaluation import evaluate
-    from .trainer import choose_device
 
-    scores = evaluate(options.checkpoint, options.data_dir, choose_device(options.device), options.dataset)
+    scores = evaluate(options.checkpoint, options.data_dir, distributed.start(options.device), options.dataset)
     if options.json:
         print(json.dumps(scores))
         return 0
@@ -201,10 +201,10 @@ def _plot(options) -> int:
 
 
 def _predict(options) -> int:
+    from . import distributed
     from .evaluation import find_images, load
-    from .trainer import choose_device
 
-    model = load(options.checkpoint, choose_device(options.device), options.dataset)
+    model = load(options.checkpoint, distributed.start(options.device), options.dataset)
     paths = find_images(options.images)
     for start in range(0, len(paths), 500):
         part = paths[start : start + 500]

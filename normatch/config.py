@@ -77,7 +77,10 @@ class Config(BaseModel):
     )
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 autocast on CUDA, fp32 on the CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = key(
+        "auto", "auto: bf16 autocast on CUDA, fp32 on the CPU; fp64: to compare runs without rounding noise"
+    )
+    sync_bn: bool = key(False, "several processes: BatchNorm over the images of all of them")
     channels_last: bool = key(True, "memory format of images and weights")
     compile: bool = key(False, "torch.compile the forward pass and the loss")
     compat: Literal["none", "reference"] = key("none", "reference: do what the published code does where it differs")

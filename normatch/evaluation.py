@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 from torch import nn
 
-from . import published
+from . import distributed, published
 from .augment import normalize
 from .backbones import Classifier, build_backbone
 from .config import Config
@@ -187,7 +187,8 @@ def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
     A row of a confusion matrix is a true class, a column a predicted one. One pass; read back once, at its end.
     """
     weight = classifier.fc.weight
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    own = slice(distributed.rank(), None, distributed.ranks())  # of several processes each takes its share
+    images, labels = torch.from_numpy(images)[own], torch.from_numpy(labels)[own]
     k = len(weight)
     matrices = torch.zeros(2, k * k, dtype=torch.long, device=weight.device)
     top5 = torch.zeros((), dtype=torch.long, device=weight.device)
@@ -199,8 +200,8 @@ def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
         if len(flows):
             choice = flows[0](features).class_log_prob.argmax(1)
             matrices[1].index_add_(0, k * y + choice, torch.ones_like(y))
-    linear, flow = matrices.view(2, k, k).cpu()
-    counts = {"confusion": linear, "top5": top5.item()}
+    linear, flow = distributed.sum_(matrices).view(2, k, k).cpu()
+    counts = {"confusion": linear, "top5": distributed.sum_(top5).item()}
     return {**counts, "confusion_flow": flow} if len(flows) else counts
 
 

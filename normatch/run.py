@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import __version__, ops
+from . import __version__, distributed, ops
 from .config import Config
 from .errors import UserError
 
@@ -24,10 +24,14 @@ FREE_KEYS = {
 
 
 class Run:
-    """One run folder. An existing one is refused, unless it is resumed or `overwrite` is set."""
+    """One run folder. An existing one is refused, unless it is resumed or `overwrite` is set.
+
+    Of several processes that train together only the first writes.
+    """
 
     def __init__(self, config: Config):
         self.folder = Path(config.out)
+        self.writes = distributed.rank() == 0
         self.tensorboard = None
 
     @property
@@ -80,6 +84,8 @@ class Run:
 
     def save(self, state: dict, improved: bool):
         """Write the last checkpoint, keep the one before it, and where it `improved` write the best one too."""
+        if not self.writes:
+            return
         if self.last.exists():
             link = self.previous.with_suffix(".new")
             link.unlink(missing_ok=True)
@@ -94,6 +100,8 @@ class Run:
 
     def open(self, config: Config, device: torch.device, resumed_from: int):
         """Make the folder, or on resume cut its metrics back to step `resumed_from`."""
+        if not self.writes:
+            return
         if config.overwrite and not resumed_from and self.folder.exists():
             shutil.rmtree(self.folder)
         try:
@@ -116,12 +124,20 @@ class Run:
 
     def log(self, step: int, kind: str, values: dict):
         """One line of metrics.jsonl, and the same values in TensorBoard under `kind/`."""
+        if not self.writes:
+            return
         self.metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self.metrics.flush()
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
+    def save_split(self, split):
+        if self.writes:
+            split.save(self.folder / "split.npz")
+
     def write_summary(self, summary: dict):
+        if not self.writes:
+            return
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     def close(self):

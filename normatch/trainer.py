@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import __version__, ops
+from . import __version__, distributed, ops
 from .backbones import Classifier, build_backbone
 from .config import Config, make_config
 from .data import load_dataset, make_split
@@ -22,6 +22,7 @@ from .evaluation import accuracy
 from .loader import StepViews, make_batches
 from .methods import METHODS
 from .optim import EMA, cosine_7_16, decay_groups
+from .plot import leave_figure
 from .run import Run, device_name
 
 
@@ -54,23 +55,27 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         config = make_config(**{**(config or {}), **keys})
 
     # ---- What there is to train on. All that can be wrong is found before the run folder is touched.
-    device = choose_device(config.device)
+    device = distributed.start(config.device)
     run = Run(config)
     checkpoint = run.checkpoint_to_resume(config)
     dataset = load_dataset(config.dataset, config.data_dir, config.download, config.image_size, config.compat)
     split = make_split(dataset, config.num_labels, config.seed, config.num_val)
     held_out = len(split.validation)
     uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
-    views = StepViews(dataset, split, config.augment, config.seed, config.batch_size, uratio)
+    rank, ranks = distributed.rank(), distributed.ranks()
+    views = StepViews(dataset, split, config.augment, config.seed, config.batch_size, uratio, rank, ranks)
 
     # ---- What is trained.
     torch.manual_seed(config.seed)
     state = TrainingState(config, dataset, backbone, device)
+    if rank:
+        torch.manual_seed(config.seed + rank)  # the weights are everyone's, dropout is each process's own
     if checkpoint:
         state.load(checkpoint, split)
     start = state.step
+    distributed.barrier()  # all have looked at the run folder
     run.open(config, device, start)
-    split.save(run.folder / "split.npz")
+    run.save_split(split)
 
     # ---- The loop.
     forward = torch.compile(state.objective) if config.compile else state.objective
@@ -84,7 +89,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         torch.bfloat16 if bf16 else torch.float32,
         config.num_workers,
     )
-    print(f"augmentation: {batches.backend} ({batches.reason})", file=sys.stderr)
+    if rank == 0:
+        print(f"augmentation: {batches.backend} ({batches.reason})", file=sys.stderr)
     images_per_step = config.batch_size * (1 + 2 * uratio)
     report = Progress(config, start)
     clock = Clock(state.seconds)
@@ -98,15 +104,18 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
 
             lr = state.begin_step()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, metrics = forward(batch["images"], batch["y"], batch["u_y"], torch.tensor(state.step))
+                images = batch["images"].double() if config.precision == "fp64" else batch["images"]
+                loss, metrics = forward(images, batch["y"], batch["u_y"], torch.tensor(state.step))
             loss.backward()
+            distributed.average_gradients(state.objective.parameters())
             state.update()
             state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
             clock.step_done()
 
             last = state.step == config.steps
             evaluating = last or state.step % config.eval_every == 0
-            if evaluating or state.step % config.log_every == 0:
+            logging = evaluating or state.step % config.log_every == 0
+            if logging:
                 values = {**state.meter.read(), "lr": lr, **clock.read(images_per_step)}
                 if not math.isfinite(values["loss"]):  # one NaN in the window makes its mean NaN
                     kept = f"; the last good checkpoint is {run.last}" if run.last.exists() else ""
@@ -128,14 +137,15 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                 report.evaluation(state.step, scores)
                 state.seconds = clock.total()
                 run.save(state.content(split), improved)
-            if stop.signal and not last:
+            # Processes agree on when to stop at log points only, where they wait for each other anyway.
+            if stop.agreed(ask=ranks == 1 or logging) and not last:
                 if not evaluating:
                     state.seconds = clock.total()
                     run.save(state.content(split), improved=False)
                 raise Interrupted(
                     f"stopped at step {state.step} of {config.steps}, which is saved: "
                     f"go on with --resume auto --out {run.folder}",
-                    stop.signal,
+                    stop.signal or signal.SIGTERM,
                 )
     except OSError as error:
         raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
@@ -174,6 +184,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         "out": str(run.folder),
     }
     run.write_summary(summary)
+    if rank == 0:
+        leave_figure(run.folder)
     return Result(run.folder, summary)
 
 
@@ -190,8 +202,9 @@ class Objective(nn.Module):
 
     def forward(self, x, y, u_y, step):
         features, logits = self.classifier(x)
-        with torch.autocast(x.device.type, enabled=False):  # losses and likelihoods are computed in fp32
-            return self.method(features.float(), logits.float(), y, u_y, step)
+        with torch.autocast(x.device.type, enabled=False):  # losses and likelihoods are not for bf16
+            dtype = self.classifier.fc.weight.dtype
+            return self.method(features.to(dtype), logits.to(dtype), y, u_y, step)
 
 
 class TrainingState:
@@ -209,9 +222,12 @@ class TrainingState:
             backbone = build_backbone(config.backbone, transition, config.bn_momentum, image_size)
         classifier = Classifier(backbone, len(dataset.classes), image_size)
         method = METHODS[config.method](classifier.features, len(dataset.classes), config)
-        self.objective = Objective(classifier, method).to(device)
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.objective = Objective(classifier, method).to(device, dtype)
         if config.channels_last:
             classifier.to(memory_format=torch.channels_last)
+        if config.sync_bn:
+            distributed.synchronize_batch_norm(classifier)
         self.optimizer = torch.optim.SGD(
             decay_groups(classifier, config.weight_decay), lr=config.lr, momentum=0.9, nesterov=True
         )
@@ -289,8 +305,8 @@ class TrainingState:
             # The published code adds them up over the whole run; otherwise there are none between steps.
             "prior_gradients": [p.grad for flow in self.flows for p in flow.prior_parameters()],
             # Views and batch order are functions of the step; these generators draw dropout and the sampled voter.
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rng": distributed.gather(torch.get_rng_state()),
+            "rng_cuda": distributed.gather(self._cuda_rng()),
         }
 
     def load(self, content: dict, split):
@@ -311,9 +327,16 @@ class TrainingState:
                 parameter.grad = None if gradient is None else gradient.to(self.device)
         self.step, self.best, self.seconds = content["step"], content["best"], content["seconds"]
         self.meter.total = None if content["meter"] is None else content["meter"].to(self.device)
-        torch.set_rng_state(content["rng"])
-        if self.device.type == "cuda" and content["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng_cuda"], self.device)
+        rank = distributed.rank()
+        if len(content["rng"]) != distributed.ranks():  # of another number of processes: new streams from here on
+            torch.manual_seed(hash((self.config.seed, self.step, rank)))
+            return
+        torch.set_rng_state(content["rng"][rank])
+        if self.device.type == "cuda" and content["rng_cuda"][rank] is not None:
+            torch.cuda.set_rng_state(content["rng_cuda"][rank], self.device)
+
+    def _cuda_rng(self) -> torch.Tensor | None:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
 
 
 def update_flows(flows: nn.ModuleList, optimizer: torch.optim.Optimizer, clip: float, reference: bool) -> list:
@@ -336,20 +359,6 @@ def update_flows(flows: nn.ModuleList, optimizer: torch.optim.Optimizer, clip: f
     return norms
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` -> the device. Raises `UserError` where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether the forward pass runs under bf16 autocast."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
@@ -368,9 +377,8 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """The averages since the last call; a metric that nothing was counted for is left out."""
-        values = {
-            name: total / count for name, (total, count) in zip(self.names, self.total.tolist(), strict=True) if count
-        }
+        totals = distributed.sum_(self.total).tolist()
+        values = {name: total / count for name, (total, count) in zip(self.names, totals, strict=True) if count}
         self.total = None
         return values
 
@@ -383,6 +391,13 @@ class StopRequest:
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def agreed(self, ask: bool) -> int | None:
+        """The signal that any process was sent; `ask` says whether this is the moment to ask the others."""
+        if not ask:
+            return None
+        numbers = distributed.gather(self.signal)
+        return next((number for number in numbers if number), None)
 
     def _remember(self, number, frame):
         if self.signal and number == signal.SIGINT:
@@ -436,12 +451,13 @@ class Progress:
 
     def __init__(self, config: Config, start: int):
         self.config = config
-        self.on_terminal = config.progress and sys.stderr.isatty()
+        self.shown = config.progress and distributed.rank() == 0
+        self.on_terminal = self.shown and sys.stderr.isatty()
         name = f"{config.method} on {config.dataset}, {config.num_labels} labels"
         self.bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", disable=not self.on_terminal)
         self.began, self.start = time.perf_counter(), start
         self.accuracy = ""
-        if config.progress and not self.on_terminal:
+        if self.shown and not self.on_terminal:
             print(f"{name}: step {start} of {config.steps}", file=sys.stderr)
 
     def advance(self, step: int):
@@ -456,14 +472,14 @@ class Progress:
             text += f" pseudo-labels {100 * values['pseudo_label_accuracy']:.1f}%"
         text += f" {values['views_per_second']:.0f} views/s data {100 * values['data_wait']:.0f}%{self.accuracy}"
         self.bar.set_postfix_str(text)
-        if self.config.progress and not self.on_terminal:
+        if self.shown and not self.on_terminal:
             seconds = (time.perf_counter() - self.began) / (step - self.start) * (self.config.steps - step)
             eta = f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
             print(f"step {step}/{self.config.steps} ETA {eta} {text}", file=sys.stderr)
 
     def evaluation(self, step: int, scores: dict):
         self.accuracy = " | " + " ".join(f"{name} {value:.2f}%" for name, value in scores.items())
-        if self.config.progress and not self.on_terminal:
+        if self.shown and not self.on_terminal:
             print(f"step {step}/{self.config.steps}{self.accuracy}", file=sys.stderr)
 
     def close(self):

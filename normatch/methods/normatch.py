@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import distributed
 from ..flow import FlowHead
 from .metrics import average
 
@@ -101,7 +102,7 @@ def align(q, queue):
     batches, this one included, and renormalised. The sum does for the mean, whose factor cancels; rows not yet
     filled are zero. A class whose share underflows in all W batches is held at the smallest normal number.
     """
-    queue = torch.cat((queue[1:], q.mean(0, keepdim=True).to(queue.dtype)))
+    queue = torch.cat((queue[1:], distributed.mean(q.mean(0, keepdim=True)).to(queue.dtype)))
     q = q / queue.sum(0).clamp_min(torch.finfo(queue.dtype).tiny)
     return q / q.sum(1, keepdim=True), queue
 

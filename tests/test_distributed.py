@@ -1,0 +1,78 @@
+"""Several processes against one on the same global batches."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from normatch.run import load_checkpoint
+
+KEYS = ["--backbone", "wrn-10-1", "--batch_size", "8", "--uratio", "2", "--steps", "50", "--eval_every", "25"]
+KEYS += ["--log_every", "1", "--device", "cpu", "--dropout", "0", "--sync_bn", "--progress", "false"]
+KEYS += ["--precision", "fp64"]  # in fp32 rounding alone grows to 1e-2 within 50 steps
+
+
+def torchrun(ranks, out, *keys):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "normatch", "train", *KEYS, *keys, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-2000:]
+
+
+def losses(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return torch.tensor([line["loss"] for line in lines if line["kind"] == "train"], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "run"
+    finished(torchrun(1, out))
+    return out
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_that_share_a_batch_train_like_one(alone, tmp_path, ranks):
+    out = tmp_path / "run"
+    finished(torchrun(ranks, out))
+    assert len(losses(out)) == 50
+    assert (losses(out) - losses(alone)).abs().max() < 1e-6  # the metrics are kept in fp32
+    one, many = load_checkpoint(alone), load_checkpoint(out)
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            error = (many[part][name].double() - value.double()).abs().max()
+            assert error <= 1e-9 * max(value.abs().max().item(), 1e-3), f"{part} {name}: {error}"
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (alone, out)]
+    assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
+    assert len(many["rng"]) == ranks and (out / "summary.json").exists()
+
+
+def test_a_killed_process_ends_the_others_and_the_run_resumes_on_fewer(tmp_path):
+    out, keys = tmp_path / "run", ("--eval_every", "15", "--precision", "fp32")
+    process = torchrun(2, out, *keys)
+    while not (out / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None, process.communicate()[0][-2000:]
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGKILL" in output
+    step = load_checkpoint(out)["step"]
+    finished(torchrun(1, out, *keys, "--resume", "auto"))
+    assert json.loads((out / "summary.json").read_text())["resumed_from_step"] == step < 50
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    process = torchrun(2, tmp_path / "run", "--batch_size", "7")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "batch_size 7 is not divisible by the 2 processes" in output
