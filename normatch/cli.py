@@ -1,4 +1,4 @@
-"""The command line: `normatch train | eval | predict | info`."""
+"""The command line: `normatch train | eval | predict | convert | plot | data | bench | verify-resume | info`."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = make_parser().parse_args(_spell_check(arguments))
+        options = make_parser(arguments[:2]).parse_args(_spell_check(arguments))
         return options.run(options)
     except UserError as error:
         print(f"normatch: {' '.join(str(error).split())}", file=sys.stderr)
@@ -37,7 +37,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
+    """The parser; `words`, the first two arguments, say whose options it needs that only their modules know."""
     parser = _Parser(prog="normatch", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"normatch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -88,6 +89,23 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (evaluate, predict):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         command.add_argument("--json", action="store_true", help="print JSON")
+
+    data = commands.add_parser("data", help="what a data set or a folder of yours holds, and a picture of its views")
+    if "data" in words[:1]:
+        from . import contact_sheet
+
+        contact_sheet.data_arguments(data)
+        data.set_defaults(run=contact_sheet.data_command)
+
+    bench = commands.add_parser("bench", help="measure the augmentation backends or the loader side by side")
+    benches = bench.add_subparsers(required=True, metavar="{augment,loader}")
+    for name in ("augment", "loader"):
+        one = benches.add_parser(name)
+        if list(words) == ["bench", name]:
+            from .bench import views
+
+            getattr(views, f"{name}_arguments")(one)
+            one.set_defaults(run=getattr(views, name))
 
     info = commands.add_parser("info", help="versions, where the ops come from, and what this machine can do")
     info.set_defaults(run=_info)
