@@ -229,13 +229,13 @@ class TrainingState:
         if config.sync_bn:
             distributed.synchronize_batch_norm(classifier)
         self.optimizer = torch.optim.SGD(
-            decay_groups(classifier, config.weight_decay), lr=config.lr, momentum=0.9, nesterov=True
+            decay_groups(classifier, config.weight_decay), lr=config.lr, momentum=0.9, nesterov=True, fused=True
         )
         self.flows = method.flows
         self.flow_optimizer = None
         if self.flows:
             self.flow_optimizer = torch.optim.AdamW(
-                self.flows.parameters(), lr=config.flow_lr, weight_decay=config.weight_decay
+                self.flows.parameters(), lr=config.flow_lr, weight_decay=config.weight_decay, fused=True
             )
         self.ema = EMA(self.objective, config.ema_decay)
         self.meter = Meter()  # of the steps since the last log point

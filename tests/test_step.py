@@ -1,0 +1,84 @@
+"""The training step reads nothing back from the device, and has one graph."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normatch.config import make_config
+from normatch.data import load_dataset
+from normatch.trainer import Meter, TrainingState
+
+SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails on every operation whose result the host would have to wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in SYNCHRONISING, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def prepared(**keys):
+    torch.manual_seed(0)
+    config = make_config(backbone="wrn-10-1", batch_size=4, uratio=2, device="cpu", **keys)
+    state = TrainingState(config, load_dataset("digits"), None, torch.device("cpu"))
+    state.objective.train()
+    n = 4 if keys.get("method") == "supervised" else 4 + 2 * 8
+    x = torch.randn(n, 3, 32, 32).to(memory_format=torch.channels_last)
+    y, u_y = torch.arange(4), torch.arange(n - 4)[: (n - 4) // 2] % 10
+    return state, x, y, u_y
+
+
+def step(state, forward, x, y, u_y):
+    state.begin_step()
+    loss, metrics = forward(x, y, u_y, torch.tensor(state.step))
+    loss.backward()
+    state.update()
+    state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"third_voter": "flow", "hard_label": True},
+        {"third_voter": "sampled"},
+        {"compat": "reference"},
+        {"method": "fixmatch"},
+        {"method": "supervised"},
+    ],
+    ids=["normatch", "two flows", "sampled", "reference", "fixmatch", "supervised"],
+)
+def test_no_read_back(keys, monkeypatch):
+    monkeypatch.setattr("normatch.ops._check_no_nan", lambda *arguments: None)  # on the CPU it looks, on a GPU not
+    state, x, y, u_y = prepared(**keys)
+    step(state, state.objective, x, y, u_y)  # the optimisers make their state in the first step
+    with NoReadBack():
+        step(state, state.objective, x, y, u_y)
+    assert state.step == 2 and state.meter.read()["loss"] > 0
+
+
+def test_the_guard_finds_a_read_back():
+    with pytest.raises(AssertionError, match="waits"), NoReadBack():
+        torch.ones(1).item()
+
+
+@pytest.mark.parametrize("method", ["normatch", "fixmatch"])
+def test_the_step_is_one_graph_and_is_compiled_once(method):
+    torch._dynamo.reset()
+    state, x, y, u_y = prepared(method=method)
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(state.objective, fullgraph=True, backend=counted)
+    for _ in range(4):
+        step(state, compiled, x, y, u_y)
+    assert counted.frame_count == 1
+
+
+def test_metrics_are_averaged_over_steps_and_left_out_where_nothing_was_counted():
+    meter = Meter()
+    for total, count in ((3.0, 1.0), (5.0, 3.0)):
+        meter.add({"a": torch.tensor([total, count]), "b": torch.tensor([0.0, 0.0])})
+    assert meter.read() == {"a": 2.0}
