@@ -17,6 +17,16 @@ STABLE_TORCH_LIBRARY(normatch, m) {
       "gmm_log_prob_backward(Tensor grad, Tensor z, Tensor means, Tensor rho, Tensor logits, float eps)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "gmm_posterior(Tensor z, Tensor means, Tensor rho, Tensor logits, float eps) -> (Tensor, Tensor, Tensor,"
+      " Tensor)");
+  m.def(
+      "flow_head(Tensor x, Tensor[] couplings, Tensor means, Tensor rho, Tensor logits, Tensor? seed, float dropout,"
+      " float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "flow_head_backward(Tensor? grad_z, Tensor? grad_logdet, Tensor? grad_class_log_prob, Tensor? grad_log_prob,"
+      " Tensor state, Tensor class_log_prob, Tensor[] couplings, Tensor means, Tensor rho, Tensor logits, Tensor? seed,"
+      " float dropout, float eps, ScalarType dtype) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)");
+  m.def(
       "augment_views(Tensor images, Tensor draws, int seed, int[] rules, float[] values, float[] scale, float[] shift,"
       " ScalarType dtype) -> Tensor");
 }

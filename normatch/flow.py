@@ -11,7 +11,7 @@ from . import ops
 
 
 class FlowOutput(NamedTuple):
-    """What a flow head says of features (N, D); all in nats, in the dtype of the head's parameters."""
+    """What a flow head says of features (N, D); all in nats, float32 (float64 for float64 parameters)."""
 
     z: torch.Tensor  # (N, D) latent
     logdet: torch.Tensor  # (N,) log |det dz/dx|, summed over all couplings
@@ -59,6 +59,11 @@ class Coupling(nn.Module):
         s, t = self.net(kept).chunk(2, dim=1)
         return self.join(kept, ops.affine_coupling_inverse(changed, s, t, self.gain))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters in the order in which `ops.flow_head` takes them."""
+        first, middle, last = self.net[0], self.net[3], self.net[5]
+        return [first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, self.gain]
+
     def split(self, x):
         if self.swap:
             changed, kept = x.split((self.changed, self.kept), dim=1)
@@ -78,8 +83,8 @@ class FlowHead(nn.Module):
     component a class. The class posterior is `class_log_prob.softmax(1)`; `log_prob` is the density of x itself,
     without any dequantisation constant.
 
-    The arithmetic is done in the dtype of the parameters, autocast or not: log-likelihoods of several hundred nats
-    differ by a few, which bf16 cannot hold.
+    One op computes it (`ops.flow_head`), in float32 (float64 for float64 parameters), autocast or not:
+    log-likelihoods of several hundred nats differ by a few, which bf16 cannot hold.
 
     features: D, at least 2.   classes: K.   couplings: number of couplings.   hidden: width of their networks.
     dropout: in each network after its first layer, in training mode.
@@ -104,7 +109,7 @@ class FlowHead(nn.Module):
             raise ValueError("classes, couplings and hidden must be at least 1")
         if compat not in ("none", "reference"):
             raise ValueError(f"compat must be 'none' or 'reference', not {compat!r}")
-        self.features, self.classes = features, classes
+        self.features, self.classes, self.dropout = features, classes, dropout
         self.eps = 1e-6 if compat == "reference" else 0.0
         self.couplings = nn.ModuleList(Coupling(features, hidden, dropout, swap=j % 2 == 1) for j in range(couplings))
         self.means = nn.Parameter(torch.randn(classes, features), requires_grad=trainable_prior)
@@ -114,14 +119,17 @@ class FlowHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> FlowOutput:
         self._check(x, "x")
-        with torch.autocast(x.device.type, enabled=False):
-            z = x.to(self.means.dtype)
-            logdet = z.new_zeros(len(z))
-            for coupling in self.couplings:
-                z, coupling_logdet = coupling(z)
-                logdet = logdet + coupling_logdet
-            class_log_prob = ops.gmm_log_prob(z, self.means, self.rho, self.mixture_logits, self.eps)
-            return FlowOutput(z, logdet, class_log_prob, class_log_prob.logsumexp(1) + logdet)
+        if x.dtype != self.means.dtype and torch.float64 in (x.dtype, self.means.dtype):
+            x = x.to(self.means.dtype)
+        seed = None
+        if self.training and self.dropout > 0:  # of torch's generator, drawn on the device: nothing waits for it
+            seed = torch.randint(2**63 - 1, (), device=x.device)
+        couplings = [coupling.tensors() for coupling in self.couplings]
+        return FlowOutput(
+            *ops.flow_head(
+                x, couplings, self.means, self.rho, self.mixture_logits, self.eps, dropout=self.dropout, seed=seed
+            )
+        )
 
     def inverse(self, z: torch.Tensor) -> torch.Tensor:
         """z: (N, D) -> x (N, D) with `head(x).z == z`, in evaluation mode (dropout is not invertible)."""

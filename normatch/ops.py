@@ -13,7 +13,8 @@ log-determinants and log-likelihoods are returned in it, in nats; for float64 al
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,17 @@ from normatch import reference
 from normatch.augment import MAX_SIDE, Policy, encode_policy, normalization
 from normatch.reference import accumulation_dtype
 
-__all__ = ["affine_coupling", "affine_coupling_inverse", "augment_views", "backend", "gmm_log_prob", "logdet"]
+__all__ = [
+    "affine_coupling",
+    "affine_coupling_inverse",
+    "augment_views",
+    "backend",
+    "flow_head",
+    "flow_head_path",
+    "gmm_log_prob",
+    "gmm_posterior",
+    "logdet",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MODULES = {"default": "normatch._C", "emulated": "normatch._C_emulated"}
@@ -60,8 +71,12 @@ def build_info() -> dict:
     return dict(_BUILD_INFO)
 
 
+def _is_built(op: str) -> bool:
+    return bool(_BUILD_INFO) and hasattr(torch.ops.normatch, op)  # an extension may be older than this file
+
+
 def _devices_of(op: str) -> frozenset[str]:
-    if not _BUILD_INFO:
+    if not _is_built(op):
         return frozenset()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return frozenset(device for device, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has_kernel(f"normatch::{op}", key))
@@ -69,7 +84,15 @@ def _devices_of(op: str) -> frozenset[str]:
 
 _KERNELS = {
     op: _devices_of(op)
-    for op in ("affine_coupling", "affine_coupling_inverse", "logdet", "gmm_log_prob", "augment_views")
+    for op in (
+        "affine_coupling",
+        "affine_coupling_inverse",
+        "logdet",
+        "gmm_log_prob",
+        "gmm_posterior",
+        "flow_head",
+        "augment_views",
+    )
 }
 
 
@@ -80,7 +103,7 @@ def kernels() -> dict[str, frozenset[str]]:
 
 def _register(op: str, fake: Callable, backward: Callable | None = None, save: Callable | None = None) -> None:
     """Gives normatch::<op> its fake kernel and, for a differentiable op, its gradient."""
-    if not _BUILD_INFO:
+    if not _is_built(op):
         return
     torch.library.register_fake(f"normatch::{op}", fake)
     torch.library.register_autograd(f"normatch::{op}", backward or _no_second_derivative(op), setup_context=save)
@@ -138,6 +161,37 @@ def _check_coupling(op: str, name: str, x: Tensor, s_raw: Tensor, t: Tensor, gai
     _check_float(op, "gain", gain)
     _check_shape(op, "gain", gain, x.shape[1:], name)
     _check_same(op, "gain", gain, name, x, dtype=False)
+
+
+def _check_mixture(op: str, name: str, z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float) -> None:
+    for other, value in (("means", means), ("rho", rho), ("logits", logits)):
+        _check_tensor(op, other, value)
+        _check_float(op, other, value)
+        _check_same(op, other, value, name, z, dtype=False)
+    _check_dims(op, "means", means, "(K, D)")
+    if means.shape[0] == 0:
+        raise ValueError(f"{op}: means must have at least one class, not shape {tuple(means.shape)}")
+    _check_shape(op, "means", means, (means.shape[0], z.shape[1]), name)
+    _check_shape(op, "rho", rho, means.shape[:1], "means")
+    _check_shape(op, "logits", logits, means.shape[:1], "means")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, not {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative, but is {eps}")
+
+
+def _check_points(op: str, z: Tensor) -> None:
+    _check_tensor(op, "z", z)
+    _check_float(op, "z", z)
+    _check_dims(op, "z", z, "(N, D)")
+    if z.shape[1] == 0:
+        raise ValueError(f"{op}: z must have at least one feature, not shape {tuple(z.shape)}")
+
+
+def _check_no_nan(op: str, name: str, value: Tensor) -> None:
+    """Where looking costs nothing: not on a GPU, which would have to be waited for, nor while tracing."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value.isnan().any()):
+        raise ValueError(f"{op}: {name} has values that are NaN")
 
 
 # ---- affine coupling ----------------------------------------------------------------------------------------------
@@ -287,26 +341,13 @@ def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: flo
     eps = 1e-6. Distances are sums of (z - mu)^2, never the expanded square, and any rho gives a finite sigma.
 
     Raises TypeError for an argument that is no float tensor (or an eps that is no number), and ValueError for a wrong
-    shape, K = 0, D = 0, mixed devices or a negative eps; the message names the argument.
+    shape, K = 0, D = 0, mixed devices, a negative eps or a rho that is NaN; the message names the argument. (On a GPU
+    and under `torch.compile` the values of rho are not looked at: a NaN there makes the results NaN.)
     """
     op = "gmm_log_prob"
-    for name, value in (("z", z), ("means", means), ("rho", rho), ("logits", logits)):
-        _check_tensor(op, name, value)
-        _check_float(op, name, value)
-        _check_same(op, name, value, "z", z, dtype=False)
-    _check_dims(op, "z", z, "(N, D)")
-    _check_dims(op, "means", means, "(K, D)")
-    if means.shape[0] == 0:
-        raise ValueError("gmm_log_prob: means must have at least one class, not shape " + str(tuple(means.shape)))
-    if z.shape[1] == 0:
-        raise ValueError("gmm_log_prob: z must have at least one feature, not shape " + str(tuple(z.shape)))
-    _check_shape(op, "means", means, (means.shape[0], z.shape[1]), "z")
-    _check_shape(op, "rho", rho, means.shape[:1], "means")
-    _check_shape(op, "logits", logits, means.shape[:1], "means")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"gmm_log_prob: eps must be a number, not {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"gmm_log_prob: eps must not be negative, but is {eps}")
+    _check_points(op, z)
+    _check_mixture(op, "z", z, means, rho, logits, eps)
+    _check_no_nan(op, "rho", rho)
     if z.device.type not in _KERNELS[op]:
         return reference.gmm_log_prob(z, means, rho, logits, eps)
     dtype = accumulation_dtype(z.dtype)
@@ -332,6 +373,226 @@ def _gmm_log_prob_backward_fake(grad, z, means, rho, logits, eps):
 
 _register("gmm_log_prob", _gmm_log_prob_fake, _gmm_log_prob_backward, _gmm_log_prob_save)
 _register("gmm_log_prob_backward", _gmm_log_prob_backward_fake)
+
+
+class GmmPosterior(NamedTuple):
+    """What a mixture says of points (N, D); in nats, float32 (float64 for float64 points)."""
+
+    class_log_prob: Tensor  # (N, K) log pi_k + log N(z; mu_k, sigma_k^2 I)
+    log_prob: Tensor  # (N,) its logsumexp over k
+    label: Tensor  # (N,) int64, the most probable class, the first among equals
+    confidence: Tensor  # (N,) its posterior probability
+
+
+def gmm_posterior(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float = 0.0) -> GmmPosterior:
+    """z: (N, D), means: (K, D), rho, logits: (K,) -> class_log_prob: (N, K), log_prob, label, confidence: (N,).
+
+    `gmm_log_prob` and, in the same pass, what pseudo-labelling asks of it: the log-likelihood of each point, its most
+    probable class and that class's posterior probability (FixMatch: Sohn et al., NeurIPS 2020, section 2). Arguments
+    and errors as there. All outputs but the label are differentiable.
+    """
+    op = "gmm_posterior"
+    _check_points(op, z)
+    _check_mixture(op, "z", z, means, rho, logits, eps)
+    _check_no_nan(op, "rho", rho)
+    if z.device.type not in _KERNELS[op]:
+        return GmmPosterior(*reference.gmm_posterior(z, means, rho, logits, eps))
+    dtype = accumulation_dtype(z.dtype)
+    return GmmPosterior(
+        *torch.ops.normatch.gmm_posterior.default(z, means.to(dtype), rho.to(dtype), logits.to(dtype), float(eps))
+    )
+
+
+def _gmm_posterior_fake(z, means, rho, logits, eps):
+    n = z.shape[0]
+    rows = means.new_empty((n,))
+    return means.new_empty((n, means.shape[0])), rows, z.new_empty((n,), dtype=torch.int64), rows.clone()
+
+
+def _gmm_posterior_save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # which outputs were used decides what is computed
+
+
+def _gmm_posterior_backward(ctx, grad_class, grad_log_prob, _, grad_confidence):
+    *inputs, class_log_prob, log_prob, label, confidence = ctx.saved_tensors
+    # log_prob's gradient is the posterior p, that of confidence c = p_label is c (onehot - p).
+    shared = grad_log_prob
+    if grad_confidence is not None:
+        pull = grad_confidence * confidence
+        shared = -pull if shared is None else shared - pull
+    grad = grad_class
+    if shared is not None:
+        through = (class_log_prob - log_prob.unsqueeze(1)).exp() * shared.unsqueeze(1)
+        if grad_confidence is not None:
+            through = through.scatter_add(1, label.unsqueeze(1), pull.unsqueeze(1))
+        grad = through if grad is None else grad + through
+    if grad is None:
+        return (None,) * 5
+    return *torch.ops.normatch.gmm_log_prob_backward.default(grad, *inputs, ctx.eps), None
+
+
+_register("gmm_posterior", _gmm_posterior_fake, _gmm_posterior_backward, _gmm_posterior_save)
+
+
+# ---- flow head ----------------------------------------------------------------------------------------------------
+
+_FUSED_HIDDEN, _FUSED_FEATURES = 128, 4096
+
+
+def flow_head_path(features: int, hidden: int, device: str | torch.device = "cpu") -> str:
+    """How `flow_head` computes a head of this size: "fused", by one kernel, or "composed", by several.
+
+    Fused where a kernel is built for the device and the networks are narrow (hidden <= 128, features <= 4096), so that
+    a tile of rows keeps its state in the cache and matrix products are too small for a library's to be faster.
+    Composed of library matrix products and the ops above elsewhere.
+    """
+    fits = hidden <= _FUSED_HIDDEN and features <= _FUSED_FEATURES
+    return "fused" if fits and torch.device(device).type in _KERNELS["flow_head"] else "composed"
+
+
+def flow_head(
+    x: Tensor,
+    couplings: Sequence[Sequence[Tensor]],
+    means: Tensor,
+    rho: Tensor,
+    logits: Tensor,
+    eps: float = 0.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x: (N, D), means: (K, D), rho, logits: (K,) -> z: (N, D), logdet: (N,), class_log_prob: (N, K), log_prob: (N,).
+
+    A whole flow classifier, as in NorMatch (Deng et al. 2024): affine couplings (`affine_coupling`) with the networks
+    that drive them, then the mixture of `gmm_log_prob`; log_prob = logsumexp_k class_log_prob + logdet. Coupling j
+    keeps the first half of the features, [0, D // 2), for even j and the second one for odd j, and changes the other:
+
+        h = dropout(relu(kept @ weight0.T + bias0)),   s_raw, t = relu(h @ weight1.T + bias1) @ weight2.T + bias2
+
+    couplings: for each one weight0 (H, kept), bias0 (H,), weight1 (H, H), bias1 (H,), weight2 (2 changed, H),
+    bias2 (2 changed,) and gain (changed,), with the same H for all. All results are float32 (float64 for float64 x),
+    and so is the arithmetic, autocast or not; parameters may have any float dtype and are cast to it.
+    dropout applies if a seed is given, () int64 on the device of x: the units dropped follow from its value alone, on
+    every device, and it is read when the kernel runs, so that a CUDA graph draws anew if its seed does.
+    The gradient rebuilds each coupling's input from its output: what is kept for it does not grow with their number.
+
+    Raises TypeError for an argument that is no tensor or of a wrong dtype, and ValueError for a wrong shape, no
+    coupling, D < 2, K = 0, mixed devices, a negative eps or a dropout outside [0, 1]; the message names the argument.
+    """
+    _check_flow_head(x, couplings, means, rho, logits, eps, dropout, seed)
+    if seed is None or dropout == 0:
+        seed, dropout = None, 0.0
+    if flow_head_path(x.shape[1], couplings[0][1].shape[0], x.device) == "composed":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.compose_flow_head(
+                affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout, seed
+            )
+    dtype = accumulation_dtype(x.dtype)
+    parameters = [value.to(dtype) for coupling in couplings for value in coupling]
+    return torch.ops.normatch.flow_head.default(
+        x, parameters, means.to(dtype), rho.to(dtype), logits.to(dtype), seed, float(dropout), float(eps)
+    )[:4]
+
+
+_COUPLING_NAMES = ("weight0", "bias0", "weight1", "bias1", "weight2", "bias2", "gain")
+
+
+def _check_flow_head(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
+    op = "flow_head"
+    _check_tensor(op, "x", x)
+    _check_float(op, "x", x)
+    _check_dims(op, "x", x, "(N, D)")
+    features = x.shape[1]
+    if features < 2:
+        raise ValueError(f"{op}: x must have at least two features, one for each half, not shape {tuple(x.shape)}")
+    if not len(couplings):
+        raise ValueError(f"{op}: couplings must hold at least one coupling")
+    device, hidden = x.device, None
+    for j, coupling in enumerate(couplings):
+        if len(coupling) != len(_COUPLING_NAMES):
+            raise ValueError(f"{op}: couplings[{j}] must be {', '.join(_COUPLING_NAMES)}, not {len(coupling)} tensors")
+        for name, value in zip(_COUPLING_NAMES, coupling, strict=True):
+            if not isinstance(value, Tensor) or value.dtype not in _DTYPES or value.device != device:
+                name = f"{name} of couplings[{j}]"
+                _check_tensor(op, name, value)
+                _check_float(op, name, value)
+                _check_same(op, name, value, "x", x, dtype=False)
+        if hidden is None:
+            _check_dims(op, "bias0 of couplings[0]", coupling[1], "(H,)")
+            hidden = coupling[1].shape[0]
+            if hidden == 0:
+                raise ValueError(f"{op}: bias0 of couplings[0] must have at least one unit")
+        kept = features - features // 2 if j % 2 else features // 2
+        changed = features - kept
+        shapes = (
+            (hidden, kept),
+            (hidden,),
+            (hidden, hidden),
+            (hidden,),
+            (2 * changed, hidden),
+            (2 * changed,),
+            (changed,),
+        )
+        for name, value, shape in zip(_COUPLING_NAMES, coupling, shapes, strict=True):
+            if value.shape != shape:
+                _check_shape(op, f"{name} of couplings[{j}]", value, shape, "x and bias0 of couplings[0]")
+    _check_mixture(op, "x", x, means, rho, logits, eps)
+    if not isinstance(dropout, (int, float)):
+        raise TypeError(f"{op}: dropout must be a number, not {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{op}: dropout must lie in [0, 1], but is {dropout}")
+    if seed is not None:
+        _check_tensor(op, "seed", seed)
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed must be torch.int64, not {seed.dtype}")
+        if seed.dim():
+            raise ValueError(f"{op}: seed must have shape (), not {tuple(seed.shape)}")
+        _check_same(op, "seed", seed, "x", x, dtype=False)
+
+
+def _flow_head_fake(x, couplings, means, rho, logits, seed, dropout, eps):
+    n = x.shape[0]
+    return (
+        means.new_empty((n, x.shape[1])),
+        means.new_empty((n,)),
+        means.new_empty((n, means.shape[0])),
+        means.new_empty((n,)),
+        means.new_empty((n, x.shape[1]), dtype=torch.float64),
+    )
+
+
+def _flow_head_save(ctx, inputs, output):
+    x, couplings, means, rho, logits, seed, ctx.dropout, ctx.eps = inputs
+    ctx.dtype, ctx.couplings = x.dtype, len(couplings)
+    ctx.set_materialize_grads(False)  # results that nobody used cost nothing
+    # The last output is z in double, from which the couplings' inputs can be rebuilt to the bit (csrc/flow_head.cpp).
+    _, _, class_log_prob, _, state = output
+    ctx.mark_non_differentiable(state)
+    ctx.save_for_backward(state, class_log_prob, *couplings, means, rho, logits, seed)
+
+
+def _flow_head_backward(ctx, *grads):
+    state, class_log_prob, *couplings, means, rho, logits, seed = ctx.saved_tensors
+    grad_x, grad_couplings, *grad_mixture = torch.ops.normatch.flow_head_backward.default(
+        *grads[:4], state, class_log_prob, couplings, means, rho, logits, seed, ctx.dropout, ctx.eps, ctx.dtype
+    )
+    return grad_x, grad_couplings, *grad_mixture, None, None, None
+
+
+def _flow_head_backward_fake(
+    grad_z, grad_logdet, grad_class_log_prob, grad_log_prob, state, class_log_prob, couplings, means, rho, logits, seed,
+    dropout, eps, dtype,
+):  # fmt: skip
+    return (
+        state.new_empty(state.shape, dtype=dtype),
+        [value.new_empty(value.shape) for value in couplings],
+        *(value.new_empty(value.shape) for value in (means, rho, logits)),
+    )
+
+
+_register("flow_head", _flow_head_fake, _flow_head_backward, _flow_head_save)
+_register("flow_head_backward", _flow_head_backward_fake)
 
 
 # ---- augmented views ----------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ float64 inputs).
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from normatch.augment import Policy, View, draw_parameters, normalize, strong_views, weak_views
 
@@ -58,6 +60,91 @@ def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: flo
     distance = (z[:, None, :] - means).square().sum(2)
     offset = log_weight - z.shape[1] * (log_sigma + 0.5 * math.log(2 * math.pi))
     return offset - 0.5 * precision * distance
+
+
+def gmm_posterior(
+    z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z: (N, D), means: (K, D), rho, logits: (K,) -> class_log_prob: (N, K), log_prob, label, confidence: (N,)."""
+    class_log_prob = gmm_log_prob(z, means, rho, logits, eps)
+    log_prob = class_log_prob.logsumexp(1)
+    top, label = class_log_prob.max(1)
+    return class_log_prob, log_prob, label, (top - log_prob).exp()
+
+
+# A coupling's parameters: weight and bias of its network's three layers, and the gain.
+CouplingParameters = Sequence[Tensor]
+
+
+def flow_head(
+    x: Tensor,
+    couplings: Sequence[CouplingParameters],
+    means: Tensor,
+    rho: Tensor,
+    logits: Tensor,
+    eps: float = 0.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x: (N, D) -> z: (N, D), logdet: (N,), class_log_prob: (N, K), log_prob: (N,)."""
+    return compose_flow_head(
+        affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout=dropout, seed=seed
+    )
+
+
+def compose_flow_head(
+    coupling: Callable, mixture: Callable, x, couplings, means, rho, logits, eps=0.0, dropout=0.0, seed=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The flow head of library matrix products and these two functions, its parts."""
+    dtype = accumulation_dtype(x.dtype)
+    z = x.to(dtype)
+    half = z.shape[1] // 2
+    logdet = z.new_zeros(len(z))
+    for j, parameters in enumerate(couplings):
+        weight0, bias0, weight1, bias1, weight2, bias2, gain = (value.to(dtype) for value in parameters)
+        kept, changed = (z[:, half:], z[:, :half]) if j % 2 else (z[:, :half], z[:, half:])
+        hidden = linear(kept, weight0, bias0).relu()
+        if dropout > 0 and seed is not None:
+            hidden = hidden * dropout_mask(seed, len(z), hidden.shape[1], j, dropout, dtype)
+        s_raw, t = linear(linear(hidden, weight1, bias1).relu(), weight2, bias2).chunk(2, 1)
+        changed, term = coupling(changed, s_raw, t, gain)
+        z = torch.cat((changed, kept) if j % 2 else (kept, changed), 1)
+        logdet = logdet + term
+    class_log_prob = mixture(z, means.to(dtype), rho.to(dtype), logits.to(dtype), eps)
+    return z, logdet, class_log_prob, class_log_prob.logsumexp(1) + logdet
+
+
+def dropout_mask(seed: Tensor, rows: int, hidden: int, coupling: int, dropout: float, dtype: torch.dtype) -> Tensor:
+    """seed: () int64 -> (rows, hidden): 1 / (1 - dropout) for units that are kept, 0 for the others.
+
+    Unit u of a row is kept where word u % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the counter
+    (u // 4, row, row >> 32, coupling) and the key `seed` is at least dropout * 2^32.
+    """
+    units = torch.arange((hidden + 3) // 4, device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    words = philox((units, row & _LOW_WORD, row >> 32, torch.full_like(units, coupling)), seed)
+    words = torch.stack(torch.broadcast_tensors(*words), 2).flatten(1)[:, :hidden]
+    threshold = min(round(dropout * 2**32), 2**32 - 1)
+    return (words >= threshold).to(dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0)
+
+
+_LOW_WORD = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: Tensor) -> list[Tensor]:
+    """Philox4x32-10: a counter of four 32-bit words in int64 tensors, key: () int64 -> four words likewise."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _LOW_WORD, (key >> 32) & _LOW_WORD
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the bits of the unsigned products
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _LOW_WORD) ^ c1 ^ k0,
+            product1 & _LOW_WORD,
+            ((product0 >> 32) & _LOW_WORD) ^ c3 ^ k1,
+            product0 & _LOW_WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW_WORD, (k1 + 0xBB67AE85) & _LOW_WORD
+    return [c0, c1, c2, c3]
 
 
 def augment_views(

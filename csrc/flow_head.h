@@ -1,0 +1,40 @@
+// The flow head's layout, shared by both backends: which half a coupling changes, where its parameters stand, and
+// the dropout that forward and backward draw alike.
+#pragma once
+
+#include "augment_views.h"  // philox
+#include "portable.h"
+
+namespace normatch {
+
+// A coupling's parameters, in the order in which the op takes them.
+enum CouplingTensor : int { kWeight0, kBias0, kWeight1, kBias1, kWeight2, kBias2, kGain, kCouplingTensors };
+
+// Coupling j keeps half j % 2 of the features, [0, D / 2) or [D / 2, D), and changes the other one.
+NM_HD int64_t half_begin(int half, int64_t features) {
+  return half ? features / 2 : 0;
+}
+NM_HD int64_t half_width(int half, int64_t features) {
+  return half ? features - features / 2 : features / 2;
+}
+
+// Dropout of the first hidden layer: unit u of a row is kept where word u % 4 of
+// Philox4x32-10(counter = (u / 4, row, row >> 32, coupling), key = seed) is at least `threshold`.
+struct Dropout {
+  bool active;
+  uint64_t seed;
+  uint32_t threshold;  // dropout * 2^32
+  double scale;        // 1 / (1 - dropout)
+
+  static Dropout of(double dropout, uint64_t seed) {
+    const double words = dropout * 4294967296.0;
+    return {dropout > 0, seed, words < 4294967295.0 ? uint32_t(words + 0.5) : 0xffffffffu,
+            dropout < 1 ? 1 / (1 - dropout) : 0};
+  }
+};
+
+NM_HD Words dropout_words(uint64_t seed, int64_t row, int64_t unit, int coupling) {
+  return philox(uint32_t(unit / 4), uint32_t(row), uint32_t(uint64_t(row) >> 32), uint32_t(coupling), seed);
+}
+
+}  // namespace normatch

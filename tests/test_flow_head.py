@@ -1,0 +1,359 @@
+import numpy as np
+import pytest
+import torch
+from accuracy import (
+    DEVICES,
+    DTYPES,
+    LAYOUTS,
+    check_accuracy,
+    check_compiles,
+    check_repeatable,
+    laid_out,
+    run,
+    with_kernels,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normatch import FlowHead, ops, reference
+from normatch.augment import philox
+
+# rows, features, classes, hidden units, couplings
+SIZES = [
+    (0, 5, 3, 4, 2),
+    (1, 2, 1, 1, 1),
+    (7, 33, 3, 8, 3),
+    (33, 21, 10, 5, 2),
+    (70, 128, 10, 32, 6),
+    (3, 123, 17, 33, 4),
+    (9, 21, 4, 5, 24),  # deep: what is rebuilt from the output must not lose digits on the way
+]
+PARTS = ["weight0", "bias0", "weight1", "bias1", "weight2", "bias2", "gain"]
+
+
+def inputs(n, d, k, h, depth, dtype=torch.float32, device="cpu", layout="dense"):
+    """x, means, rho, logits, then the parameters of the couplings."""
+    acc = reference.accumulation_dtype(dtype)
+    couplings = []
+    for j in range(depth):
+        kept = d - d // 2 if j % 2 else d // 2
+        shapes = [(h, kept), (h,), (h, h), (h,), (2 * (d - kept), h), (2 * (d - kept),)]
+        couplings += [torch.randn(shape, device=device).to(acc) / (4 * shape[-1]) ** 0.5 for shape in shapes]
+        couplings.append(1 + 0.3 * torch.randn(d - kept, device=device).to(acc))
+    prior = [torch.randn(k, d, device=device), 0.3 * torch.randn(k, device=device) + 1, torch.randn(k, device=device)]
+    return [laid_out(torch.randn(n, d, device=device).to(dtype), layout), *(p.to(acc) for p in prior), *couplings]
+
+
+def grads(n, d, k, h=0, depth=0, device="cpu"):
+    return [torch.randn(shape, device=device) for shape in ((n, d), (n,), (n, k), (n,))]
+
+
+def names(depth):
+    return ["x", "means", "rho", "logits", *(f"{part} {j}" for j in range(depth) for part in PARTS)]
+
+
+def taking_a_list(op, **options):
+    """op with the couplings' parameters one after another behind the others."""
+
+    def call(x, means, rho, logits, *parameters):
+        couplings = [parameters[i : i + 7] for i in range(0, len(parameters), 7)]
+        return op(x, couplings, means, rho, logits, **options)
+
+    return call
+
+
+def dropped_out(device="cpu"):
+    return {"dropout": 0.3, "seed": torch.tensor(-(2**62) - 12345, device=device)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_as_accurate_as_plain_pytorch(dtype, layout, device):
+    for size in SIZES:
+
+        def draw(size=size):
+            return inputs(*size, dtype, device, layout), grads(*size, device=device)
+
+        check_accuracy(taking_a_list(ops.flow_head), taking_a_list(reference.flow_head), draw, names(size[-1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_rows_and_classes_are_as_accurate_as_plain_pytorch(device):
+    for size in [(1500, 64, 10, 32, 4), (200, 512, 100, 32, 2)]:
+
+        def draw(size=size):
+            return inputs(*size, device=device), grads(*size, device=device)
+
+        check_accuracy(taking_a_list(ops.flow_head), taking_a_list(reference.flow_head), draw, names(size[-1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout_is_that_of_plain_pytorch(device):
+    for size in [(70, 33, 3, 13, 3), (9, 16, 4, 32, 6)]:
+
+        def draw(size=size):
+            return inputs(*size, device=device), grads(*size, device=device)
+
+        options = dropped_out(device)
+        fused, plain = (taking_a_list(module.flow_head, **options) for module in (ops, reference))
+        check_accuracy(fused, plain, draw, names(size[-1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-6}, "dropout"])
+def test_gradcheck(options, device):
+    options = dropped_out(device) if options == "dropout" else options
+    args = [value.requires_grad_() for value in inputs(3, 5, 3, 4, 2, torch.float64, device)]
+    assert torch.autograd.gradcheck(taking_a_list(ops.flow_head, **options), args)
+
+
+@with_kernels
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_opcheck(dropout, requires_grad):
+    x, means, rho, logits, *couplings = (value.requires_grad_(requires_grad) for value in inputs(5, 7, 3, 4, 2))
+    seed = torch.tensor(7) if dropout else None
+    torch.library.opcheck(torch.ops.normatch.flow_head.default, (x, couplings, means, rho, logits, seed, dropout, 1e-6))
+
+
+@with_kernels
+@pytest.mark.parametrize("given", [{0, 1, 2, 3}, {2}, {1, 3}, set()])
+def test_opcheck_of_the_gradient(given):
+    z, means, rho, logits, *couplings = inputs(5, 7, 3, 4, 2)
+    upstream = [grad if i in given else None for i, grad in enumerate(grads(5, 7, 3))]
+    class_log_prob = reference.gmm_log_prob(z, means, rho, logits)
+    args = (
+        *upstream,
+        z.double(),
+        class_log_prob,
+        couplings,
+        means,
+        rho,
+        logits,
+        torch.tensor(3),
+        0.2,
+        0.0,
+        torch.float32,
+    )
+    torch.library.opcheck(torch.ops.normatch.flow_head_backward.default, args)
+
+
+@with_kernels
+@pytest.mark.parametrize("options", [{}, "dropout"])
+def test_compiles(options):
+    options = dropped_out() if options == "dropout" else options
+    size = (33, 16, 4, 8, 3)
+    check_compiles(taking_a_list(ops.flow_head, **options), inputs(*size), grads(*size))
+
+
+@with_kernels
+def test_gradients_with_odd_strides():
+    """After cat, transpose and expand gradients arrive as slices and views; they count like dense ones."""
+    size = n, d, k, *_ = 33, 16, 4, 8, 2
+    args = inputs(*size)
+    op = taking_a_list(ops.flow_head)
+    weights = torch.randn(d + k, n)
+
+    def through_views(*values):
+        z, logdet, class_log_prob, log_prob = op(*values)
+        return (torch.cat([z, class_log_prob], 1).t() * weights).sum() + logdet.sum() - log_prob.sum()
+
+    got = run(through_views, args, [torch.tensor(1.0)])[1:]
+    dense = [weights.t()[:, :d].contiguous(), torch.ones(n), weights.t()[:, d:].contiguous(), -torch.ones(n)]
+    for first, second in zip(got, run(op, args, dense)[4:], strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_one_output_alone_has_gradients(index):
+    args = [value.requires_grad_() for value in inputs(7, 5, 3, 4, 2)]
+    used = {0: [0], 1: [0], 2: [0, 1, 2, 3], 3: [0, 1, 2, 3]}[index]  # the mixture does not enter z and logdet
+    found = []
+    for module in (ops, reference):
+        out = taking_a_list(module.flow_head)(*args)[index].square().sum()
+        wanted = [args[i] for i in used] + args[4:-7] + args[-7:-1] + args[-1:]
+        found.append(torch.autograd.grad(out, wanted, allow_unused=True))
+    for got, expected in zip(*found, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_parameters_of_another_dtype_get_their_gradients_in_that_dtype():
+    x, *others = inputs(7, 5, 3, 4, 2)
+    others = [value.bfloat16().requires_grad_() for value in others]
+    outputs = taking_a_list(ops.flow_head)(x, *others)
+    assert all(value.dtype == torch.float32 for value in outputs)
+    outputs[3].sum().backward()
+    assert all(value.grad.dtype == torch.bfloat16 for value in others)
+
+
+@pytest.mark.parametrize("size", [(2000, 20, 3, 8, 3), (3, 1000, 20, 4, 2)])
+def test_same_bits_every_time(size):
+    check_repeatable(taking_a_list(ops.flow_head, **dropped_out()), inputs(*size), grads(*size))
+
+
+@with_kernels
+def test_a_row_does_not_depend_on_the_others():
+    args = inputs(70, 33, 3, 8, 3)
+    op = taking_a_list(ops.flow_head)
+    for whole, part in zip(op(*args), op(args[0][5:50], *args[1:]), strict=True):
+        assert torch.equal(whole[5:50], part)
+
+
+def test_random_words_are_those_of_the_augmentation():
+    """One generator in three places: NumPy's for the views, PyTorch's here, and the kernels' (by the masks' test)."""
+    counter, key = np.arange(40).reshape(10, 4), 2**63 + 12345
+    expected = philox(counter, (key & 0xFFFFFFFF, key >> 32))
+    words = reference.philox(list(torch.from_numpy(counter).unbind(1)), torch.tensor(key - 2**64))
+    assert torch.equal(torch.stack(words, 1), torch.from_numpy(np.asarray(expected).astype(np.int64)))
+
+
+def test_dropout_drops_the_share_it_says():
+    mask = reference.dropout_mask(torch.tensor(3), 1000, 30, 2, 0.3, torch.float32)
+    assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert abs((mask == 0).double().mean() - 0.3) < 0.01
+    assert not torch.equal(mask, reference.dropout_mask(torch.tensor(3), 1000, 30, 1, 0.3, torch.float32))
+    assert not torch.equal(mask, reference.dropout_mask(torch.tensor(4), 1000, 30, 2, 0.3, torch.float32))
+    for share, value in ((0.0, 1.0), (1.0, 0.0)):
+        mask = reference.dropout_mask(torch.tensor(3), 10, 5, 0, share, torch.float32)
+        assert (mask == value).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_of_none_and_of_all(dropout):
+    args = inputs(9, 8, 3, 5, 2)
+    got, expected = (
+        taking_a_list(module.flow_head, dropout=dropout, seed=torch.tensor(1))(*args) for module in (ops, reference)
+    )
+    for first, second in zip(got, expected, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-4)
+
+
+def test_special_values_stay_in_their_row():
+    args = inputs(40, 9, 3, 4, 3)
+    clean = taking_a_list(ops.flow_head)(*args)
+    args[0][7, 2], args[0][11, 5] = float("nan"), float("inf")
+    touched = taking_a_list(ops.flow_head)(*args)
+    rest = [i for i in range(40) if i not in (7, 11)]
+    for before, after in zip(clean, touched, strict=True):
+        assert torch.equal(before[rest], after[rest])
+        assert not after[[7, 11]].isfinite().all()
+
+
+def saved_bytes(depth):
+    """Bytes that autograd keeps for the backward pass beyond the parameters themselves."""
+    head = FlowHead(64, 5, couplings=depth, dropout=0.0)
+    x = torch.randn(100, 64, requires_grad=True)
+    parameters = {p.untyped_storage().data_ptr() for p in head.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        head(x)
+    return sum(kept.values())
+
+
+@with_kernels
+def test_saved_activations_do_not_grow_with_depth():
+    assert ops.flow_head_path(64, 32) == "fused"
+    assert saved_bytes(2) == saved_bytes(24) <= 100 * (2 * 64 + 64 + 5 + 2) * 4
+
+
+@with_kernels
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_training_step_dispatches_at_most_four_operations(dropout):
+    head = FlowHead(128, 10, dropout=dropout)
+    x = torch.randn(64, 128)
+    upstream = [torch.randn(64, 10), torch.randn(64)]
+    found = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        out = head(x)
+        torch.autograd.backward([out.class_log_prob, out.log_prob], upstream)
+    assert all(p.grad is not None for p in head.parameters())
+    assert len(found) <= 4, found
+
+
+def test_path_is_chosen_by_size():
+    fused = "cpu" in ops.kernels()["flow_head"]
+    assert ops.flow_head_path(128, 32) == ("fused" if fused else "composed")
+    assert ops.flow_head_path(128, 1024) == ops.flow_head_path(8192, 32) == "composed"
+    assert ops.flow_head_path(128, 32, "meta") == "composed"
+
+
+def test_composed_path_is_as_accurate_as_plain_pytorch():
+    size = (20, 16, 3, 200, 2)
+    assert ops.flow_head_path(size[1], size[3]) == "composed"
+    with torch.autocast("cpu", torch.bfloat16):  # which it does not listen to
+        check_accuracy(
+            taking_a_list(ops.flow_head),
+            taking_a_list(torch.autocast("cpu", enabled=False)(reference.flow_head)),
+            lambda: (inputs(*size), grads(*size)),
+            names(size[-1]),
+        )
+
+
+@with_kernels
+def test_second_derivatives_raise():
+    args = [value.requires_grad_() for value in inputs(3, 4, 2, 3, 1)]
+    log_prob = taking_a_list(ops.flow_head)(*args)[3]
+    (grad,) = torch.autograd.grad(log_prob.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3)}, ValueError, r"x must have shape \(N, D\)"),
+        ({"x": [[1.0]]}, TypeError, "x must be a tensor, not list"),
+        ({"x": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "x must be float32"),
+        ({"x": torch.zeros(3, 1)}, ValueError, "x must have at least two features"),
+        ({"x": torch.zeros(3, 5)}, ValueError, r"weight2 of couplings\[0\] must have shape \(6, 3\)"),
+        ({"couplings": []}, ValueError, "couplings must hold at least one"),
+        ({"couplings": [[torch.zeros(2)]]}, ValueError, r"couplings\[0\] must be weight0, .*gain, not 1 tensors"),
+        ({"means": torch.zeros(2, 5)}, ValueError, r"means must have shape \(2, 4\)"),
+        ({"means": torch.zeros(0, 4)}, ValueError, "means must have at least one class"),
+        ({"rho": torch.zeros(3)}, ValueError, r"rho must have shape \(2,\)"),
+        ({"logits": torch.zeros(2, device="meta")}, ValueError, "logits is on meta, but x on cpu"),
+        ({"eps": -1.0}, ValueError, "eps must not be negative"),
+        ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\]"),
+        ({"dropout": "half"}, TypeError, "dropout must be a number, not str"),
+        ({"seed": 3}, TypeError, "seed must be a tensor, not int"),
+        ({"seed": torch.tensor(3.0)}, TypeError, "seed must be torch.int64"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"seed must have shape \(\)"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    x, means, rho, logits, *parameters = inputs(3, 4, 2, 3, 1)
+    given = {"x": x, "couplings": [parameters], "means": means, "rho": rho, "logits": logits, **change}
+    with pytest.raises(error, match=message):
+        ops.flow_head(**given)
+
+
+@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda value: 1.0, TypeError, "must be a tensor, not float"),
+        (lambda value: value.int(), TypeError, "must be float32"),
+        (lambda value: value.to("meta"), ValueError, "is on meta, but x on cpu"),
+        (lambda value: value[:0], ValueError, "must have"),
+    ],
+)
+def test_bad_parameter_of_a_coupling_is_named(index, change, error, message):
+    x, means, rho, logits, *parameters = inputs(3, 4, 2, 3, 2)
+    couplings = [parameters[:7], parameters[7:]]
+    couplings[1][index] = change(couplings[1][index])
+    with pytest.raises(error, match=rf"flow_head: {PARTS[index]} of couplings\[1\] {message}"):
+        ops.flow_head(x, couplings, means, rho, logits)
