@@ -116,6 +116,7 @@ PRESETS = {
         "batch_size": 16,
         "uratio": 4,
         "ema_decay": 0.995,
+        "hard_label": True,  # soft pseudo-labels cost 1 to 2 points here
         "warmup_flow": 400,
         "eval_every": 200,
         "log_every": 20,

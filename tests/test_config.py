@@ -32,9 +32,9 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
 
 
 def test_pseudo_label_kind_follows_the_method():
-    assert make_config(method="fixmatch").hard_label is True
-    assert make_config(method="normatch").hard_label is False
-    assert make_config(method="fixmatch", hard_label=False).hard_label is False
+    assert make_config("cifar10-40", method="fixmatch").hard_label is True
+    assert make_config("cifar10-40", method="normatch").hard_label is False
+    assert make_config("cifar10-40", method="fixmatch", hard_label=False).hard_label is False
 
 
 def test_published_recipes():
