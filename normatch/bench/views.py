@@ -1,9 +1,11 @@
 """`normatch bench augment` and `normatch bench loader`: views a second, by every backend, in one process."""
 
 import json
+import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from ..augment import View, find_policy
 from ..dali import Views
 from ..data import Dataset, load_dataset, make_split
 from ..errors import UserError
-from ..loader import StepViews, choose_backend, make_batches, make_loader
+from ..loader import StepViews, choose_backend, make_batches
 
 
 def augment_arguments(parser) -> None:
@@ -75,6 +77,8 @@ def augment(options) -> int:
                             torch.cuda.synchronize()
                         if round_ > 1:
                             times[backend].append((time.perf_counter() - start) / count)
+                        if backend == "dali":
+                            time.sleep(0.2)  # it works ahead: not in the others' time
                 del makers
                 for backend in backends:
                     seconds = statistics.median(times[backend])
@@ -135,41 +139,39 @@ def _maker(backend: str, dataset: Dataset, policy, kind: str, cores: int, device
                       num_threads=cores)  # fmt: skip
 
         def make():
-            for _ in range(4):
+            for _ in range(12):  # of which two at most were made before the clock started
                 next(views)
-            return 4 * BATCH
+            return 12 * BATCH
 
         return make
-    host = torch.from_numpy(dataset.train_images)
+    plain = _Plain(dataset, policy, prepared)
     if cores == 1:
-
-        def make():
-            reference.augment_views(host, torch.from_numpy(prepared[0]), policy, 0, *settings)
-            return BATCH
-
-        return make
-    workers = make_loader(_Plain(dataset, policy, prepared), 0, 10**6, cores)
-    batches = iter(workers)
-
-    def make():
-        for _ in range(2 * cores):
-            next(batches)
-        return 2 * cores * BATCH
-
-    return make
+        return lambda: plain(0)
+    # Processes that start with the call and hand nothing back: workers of a loader would work ahead, unseen.
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _Plain.keep, (plain,))
+    return lambda: sum(pool.map(_Plain.kept, range(2 * cores)))
 
 
-class _Plain(torch.utils.data.Dataset):
-    """Batch number -> views by Pillow, for worker processes."""
+class _Plain:
+    """Makes views by Pillow, also in a worker process: call number -> how many."""
 
     def __init__(self, dataset: Dataset, policy, draws):
         self.dataset, self.policy, self.draws = dataset, policy, draws
 
-    def __getitem__(self, i: int):
+    def __call__(self, i: int) -> int:
         d = self.dataset
         draws = torch.from_numpy(self.draws[i % len(self.draws)])
         images = torch.from_numpy(d.train_images)
-        return reference.augment_views(images, draws, self.policy, 0, d.mean, d.std, torch.float32, d.flip)
+        reference.augment_views(images, draws, self.policy, 0, d.mean, d.std, torch.float32, d.flip)
+        return BATCH
+
+    def keep(self) -> None:
+        torch.set_num_threads(1)
+        _Plain.mine = self
+
+    @staticmethod
+    def kept(i: int) -> int:
+        return _Plain.mine(i)
 
 
 def _check(dataset: Dataset, policy, backends, device) -> None:
