@@ -94,45 +94,99 @@ NM_HD void log_prob_rows(const Acc* z, const Acc* means, int64_t classes, int64_
   }
 }
 
-Tensor gmm_log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps) {
+// Where the posterior goes; log_prob is null where it is not wanted.
+template <typename Acc>
+struct Outputs {
+  Acc* class_log_prob;
+  Acc* log_prob;
+  int64_t* label;
+  Acc* confidence;
+};
+
+// logsumexp, first largest and its share of a row's class log-probabilities.
+template <typename V, typename Acc>
+NM_HD void posterior_row(const Acc* values, int64_t classes, const Outputs<Acc>& out, int64_t row) {
+  int64_t label = 0;
+  for (int64_t k = 1; k < classes; ++k)
+    if (values[k] > values[label]) label = k;
+  const Acc top = values[label];
+  double sum = 0;
+  for (int64_t k = 0; k < classes; k += kLanes<V>) {
+    const int64_t n = std::min<int64_t>(kLanes<V>, classes - k);
+    const V terms = Math<V>::exp(load_first<V>(values + k, n) - top);
+    if constexpr (std::is_same_v<V, double>)
+      sum += terms;
+    else
+      for (int64_t i = 0; i < n; ++i) sum += terms[i];
+  }
+  out.log_prob[row] = top == -INFINITY ? top : Acc(top + std::log(sum));
+  out.label[row] = label;
+  out.confidence[row] = Acc(1 / sum);
+}
+
+template <typename T>
+void log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
+              const Outputs<acc_t<T>>& out) {
+  using Acc = acc_t<T>;
   const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
   const Tensor dense_z = dense_rows(z), dense_means = dense_rows(means);
-  const Tensor result = new_tensor(z, {rows, classes}, accumulation_type(z));
+  const Classes<Acc> mixture(rho, logits);
+  std::vector<Acc> offset(classes);
+  for (int64_t k = 0; k < classes; ++k)
+    offset[k] = Acc(gmm_offset(mixture.log_pi[k], mixture.log_sigma[k], eps, double(width)));
+  const auto points = read_rows<T>(dense_z);
+  const auto mu = read_rows<Acc>(dense_means);
+  const int64_t padded = whole_vectors(width, 16);
+  std::vector<Acc> padded_means(classes * padded);
+  for (int64_t k = 0; k < classes; ++k) std::copy_n(mu[k], width, &padded_means[k * padded]);
+
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  parallel_rows(tiles, kTileRows * width * classes, [&](int64_t begin, int64_t end) {
+    std::vector<Acc> tile(kTileRows * padded);
+    vectorised<T>([&](auto lanes) NM_INLINE {
+      using V = typename decltype(lanes)::type;
+      for (int64_t i = begin * kTileRows; i < std::min(end * kTileRows, rows); i += kTileRows) {
+        const int64_t here = std::min<int64_t>(kTileRows, rows - i);
+        convert_rows<V>(points, i, here, width, padded, tile.data());
+        Acc* const values = out.class_log_prob + i * classes;
+        if (here == kTileRows)
+          log_prob_rows<V, kTileRows>(tile.data(), padded_means.data(), classes, padded, offset.data(),
+                                      mixture.precision.data(), values);
+        else
+          for (int64_t r = 0; r < here; ++r)
+            log_prob_rows<V, 1>(&tile[r * padded], padded_means.data(), classes, padded, offset.data(),
+                                mixture.precision.data(), values + r * classes);
+        if (out.log_prob)
+          for (int64_t r = 0; r < here; ++r) posterior_row<V>(values + r * classes, classes, out, i + r);
+      }
+    });
+  });
+}
+
+Tensor gmm_log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps) {
+  const Tensor result = new_tensor(z, {z.size(0), means.size(0)}, accumulation_type(z));
   dispatch(z.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = acc_t<T>;
-    const Classes<Acc> mixture(rho, logits);
-    std::vector<Acc> offset(classes);
-    for (int64_t k = 0; k < classes; ++k)
-      offset[k] = Acc(gmm_offset(mixture.log_pi[k], mixture.log_sigma[k], eps, double(width)));
-    const auto points = read_rows<T>(dense_z);
-    const auto mu = read_rows<Acc>(dense_means);
-    Acc* out = result.mutable_data_ptr<Acc>();
-    std::vector<Acc> padded_means;
-    const int64_t padded = whole_vectors(width, 16);
-    padded_means.resize(classes * padded);
-    for (int64_t k = 0; k < classes; ++k) std::copy_n(mu[k], width, &padded_means[k * padded]);
-
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    parallel_rows(tiles, kTileRows * width * classes, [&](int64_t begin, int64_t end) {
-      std::vector<Acc> tile(kTileRows * padded);
-      vectorised<T>([&](auto lanes) NM_INLINE {
-        using V = typename decltype(lanes)::type;
-        for (int64_t i = begin * kTileRows; i < std::min(end * kTileRows, rows); i += kTileRows) {
-          const int64_t here = std::min<int64_t>(kTileRows, rows - i);
-          convert_rows<V>(points, i, here, width, padded, tile.data());
-          if (here == kTileRows)
-            log_prob_rows<V, kTileRows>(tile.data(), padded_means.data(), classes, padded, offset.data(),
-                                        mixture.precision.data(), out + i * classes);
-          else
-            for (int64_t r = 0; r < here; ++r)
-              log_prob_rows<V, 1>(&tile[r * padded], padded_means.data(), classes, padded, offset.data(),
-                                  mixture.precision.data(), out + (i + r) * classes);
-        }
-      });
-    });
+    log_prob<T>(z, means, rho, logits, eps, {result.mutable_data_ptr<Acc>(), nullptr, nullptr, nullptr});
   });
   return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_posterior(const Tensor& z, const Tensor& means, const Tensor& rho,
+                                                         const Tensor& logits, double eps) {
+  const int64_t rows = z.size(0);
+  const ScalarType sums = accumulation_type(z);
+  const Tensor result = new_tensor(z, {rows, means.size(0)}, sums), total = new_tensor(z, {rows}, sums);
+  const Tensor label = new_tensor(z, {rows}, ScalarType::Long), confidence = new_tensor(z, {rows}, sums);
+  dispatch(z.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Acc = acc_t<T>;
+    log_prob<T>(z, means, rho, logits, eps,
+                {result.mutable_data_ptr<Acc>(), total.mutable_data_ptr<Acc>(), label.mutable_data_ptr<int64_t>(),
+                 confidence.mutable_data_ptr<Acc>()});
+  });
+  return {result, total, label, confidence};
 }
 
 // The gradients of one tile of rows. With w = grad / sigma^2 and d = z - mu:
@@ -272,6 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
 STABLE_TORCH_LIBRARY_IMPL(normatch, CPU, m) {
   m.impl("gmm_log_prob", TORCH_BOX(&gmm_log_prob));
   m.impl("gmm_log_prob_backward", TORCH_BOX(&gmm_log_prob_backward));
+  m.impl("gmm_posterior", TORCH_BOX(&gmm_posterior));
 }
 
 }  // namespace normatch

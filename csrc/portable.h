@@ -14,8 +14,10 @@
 
 #if defined(__CUDACC__)
 #define NM_HD __host__ __device__ __forceinline__
+#define NM_UNROLL _Pragma("unroll")
 #else
 #define NM_HD inline __attribute__((always_inline))
+#define NM_UNROLL
 #endif
 
 namespace normatch {
@@ -33,12 +35,14 @@ template <>
 struct Math<float> {
   static NM_HD float exp(float x) { return ::expf(x); }
   static NM_HD float tanh(float x) { return ::tanhf(x); }
+  static NM_HD float log(float x) { return ::logf(x); }
 };
 
 template <>
 struct Math<double> {
   static NM_HD double exp(double x) { return ::exp(x); }
   static NM_HD double tanh(double x) { return ::tanh(x); }
+  static NM_HD double log(double x) { return ::log(x); }
 };
 
 // The type sums are made in: float, and double for double.

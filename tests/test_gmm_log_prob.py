@@ -17,6 +17,7 @@ from accuracy import (
 from normatch import ops, reference
 
 SIZES = [(0, 3, 5), (1, 1, 1), (7, 10, 33), (33, 7, 123), (5, 3, 1023), (5, 123, 7), (523, 5, 17), (2, 2, 4096)]
+SIZES += [(40, 33, 136), (3, 17, 520)]
 NAMES = ["z", "means", "rho", "logits"]
 
 
@@ -37,6 +38,40 @@ def test_is_as_accurate_as_plain_pytorch(dtype, layout, device):
             return inputs(n, k, d, dtype, device, layout), [torch.randn(n, k, device=device)]
 
         check_accuracy(ops.gmm_log_prob, reference.gmm_log_prob, draw, NAMES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "d"), [(0, 3, 5), (1, 1, 1), (37, 10, 33), (5, 123, 7), (40, 33, 136)])
+def test_posterior_is_as_accurate_as_plain_pytorch(n, k, d, dtype):
+    def posterior(op):
+        return lambda *args: tuple(op(*args)[i] for i in (0, 1, 3))
+
+    def draw():
+        z, means, rho, logits = inputs(n, k, d, dtype)
+        means.mul_(0.3 / d**0.5), z.mul_(0.3)  # near one another: posteriors that are not 0 and 1
+        return [z, means, rho, logits], [torch.randn(n, k), torch.randn(n), torch.randn(n)]
+
+    check_accuracy(posterior(ops.gmm_posterior), posterior(reference.gmm_posterior), draw, NAMES)
+
+
+def test_posterior_agrees_with_itself():
+    args = inputs(200, 20, 9)
+    found = ops.gmm_posterior(*args)
+    assert torch.equal(found.class_log_prob, ops.gmm_log_prob(*args))
+    assert torch.equal(found.label, found.class_log_prob.argmax(1))
+    torch.testing.assert_close(found.confidence, found.class_log_prob.softmax(1).amax(1))
+    even = ops.gmm_posterior(args[0], torch.zeros(5, 9), torch.zeros(5), torch.zeros(5))
+    assert (even.label == 0).all()  # the first among equals
+    torch.testing.assert_close(even.confidence, torch.full((200,), 0.2))
+
+
+def test_each_output_of_the_posterior_alone_has_gradients():
+    args = [value.requires_grad_() for value in inputs(7, 5, 3)]
+    for index in (0, 1, 3):
+        got = torch.autograd.grad(ops.gmm_posterior(*args)[index].sum(), args)
+        expected = torch.autograd.grad(reference.gmm_posterior(*args)[index].sum(), args)
+        for first, second in zip(got, expected, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
 def test_many_rows_keep_the_accuracy_of_the_parameters_gradients():
@@ -108,6 +143,7 @@ def test_vanishing_weights():
 def test_gradcheck(eps, device):
     args = [value.requires_grad_() for value in inputs(6, 3, 5, torch.float64, device)]
     assert torch.autograd.gradcheck(lambda *a: ops.gmm_log_prob(*a, eps=eps), args)
+    assert torch.autograd.gradcheck(lambda *a: [ops.gmm_posterior(*a, eps=eps)[i] for i in (0, 1, 3)], args)
 
 
 @with_kernels
@@ -115,6 +151,7 @@ def test_gradcheck(eps, device):
 def test_opcheck(requires_grad):
     args = [value.requires_grad_(requires_grad) for value in inputs(5, 3, 7)]
     torch.library.opcheck(torch.ops.normatch.gmm_log_prob.default, (*args, 1e-6))
+    torch.library.opcheck(torch.ops.normatch.gmm_posterior.default, (*args, 1e-6))
 
 
 @with_kernels
@@ -125,6 +162,14 @@ def test_opcheck_of_the_gradient():
 @with_kernels
 def test_compiles():
     check_compiles(ops.gmm_log_prob, inputs(33, 4, 16), [torch.randn(33, 4)])
+
+
+@with_kernels
+def test_posterior_compiles():
+    def likelihood(*args):
+        return ops.gmm_posterior(*args).log_prob
+
+    check_compiles(likelihood, inputs(33, 4, 16), [torch.randn(33)])
 
 
 def test_gradients_with_odd_strides():
@@ -182,6 +227,7 @@ def test_second_derivatives_raise():
         ({"means": torch.zeros(3, 4, device="meta")}, ValueError, "means is on meta, but z on cpu"),
         ({"z": torch.zeros(5, 0), "means": torch.zeros(3, 0)}, ValueError, "z must have at least one feature"),
         ({"rho": torch.zeros(2)}, ValueError, r"rho must have shape \(3,\)"),
+        ({"rho": torch.tensor([0.0, float("nan"), 0.0])}, ValueError, "rho has values that are NaN"),
         ({"logits": torch.zeros(3, 1)}, ValueError, r"logits must have shape \(3,\)"),
         ({"eps": "small"}, TypeError, "eps must be a number"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
@@ -189,5 +235,6 @@ def test_second_derivatives_raise():
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):
-    with pytest.raises(error, match=message):
-        ops.gmm_log_prob(**{**dict(zip(NAMES, inputs(5, 3, 4), strict=True)), **change})
+    for op in (ops.gmm_log_prob, ops.gmm_posterior):
+        with pytest.raises(error, match=message):
+            op(**{**dict(zip(NAMES, inputs(5, 3, 4), strict=True)), **change})
