@@ -61,7 +61,7 @@ class Coupling(nn.Module):
 
     def tensors(self) -> list[torch.Tensor]:
         """The parameters in the order in which `ops.flow_head` takes them."""
-        first, middle, last = self.net[0], self.net[3], self.net[5]
+        first, _, _, middle, _, last = self.net
         return [first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, self.gain]
 
     def split(self, x):

@@ -489,7 +489,7 @@ def flow_head(
                 affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout, seed
             )
     dtype = accumulation_dtype(x.dtype)
-    parameters = [value.to(dtype) for coupling in couplings for value in coupling]
+    parameters = [value if value.dtype == dtype else value.to(dtype) for coupling in couplings for value in coupling]
     return torch.ops.normatch.flow_head.default(
         x, parameters, means.to(dtype), rho.to(dtype), logits.to(dtype), seed, float(dropout), float(eps)
     )[:4]
