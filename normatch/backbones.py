@@ -1,5 +1,7 @@
 """Backbones: images (N, 3, H, W) -> features (N, D), and the linear classifier on top of one."""
 
+import re
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -148,10 +150,10 @@ def build_backbone(
     """
     source, _, model = name.rpartition(":")
     if not source and model.startswith("wrn-"):
-        numbers = model.split("-")[1:]
-        if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        numbers = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", model, re.ASCII)
+        if numbers is None:
             raise UserError(f"backbone {name!r}: a wide ResNet is named wrn-DEPTH-WIDEN, such as wrn-28-2")
-        return WideResNet(int(numbers[0]), int(numbers[1]), transition, 0.001 if bn_momentum is None else bn_momentum)
+        return WideResNet(int(numbers[1]), int(numbers[2]), transition, 0.001 if bn_momentum is None else bn_momentum)
 
     if source == "torchvision" or (not source and model in ("resnet18", "resnet50")):
         backbone = _torchvision(model)

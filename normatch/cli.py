@@ -6,15 +6,13 @@ import os
 import sys
 from typing import Literal, get_args, get_origin
 
-import yaml
-
 from . import __version__
 from .config import ALIASES, PRESETS, Config, canonical, make_config
 from .errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 could not be done, 2 not understood, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 not, 128 + the number of the signal that ended it."""
     # Idle OpenMP threads sleep instead of spinning: on cores shared with other work, spinning made a step ten times
     # as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,8 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("normatch: interrupted", file=sys.stderr)
         return 130
+    except ImportError as error:  # of what NORMATCH_LIB asks for, or of a broken installation
+        print(f"normatch: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         return 0
+    except OSError as error:
+        print(f"normatch: {error}", file=sys.stderr)
+        return 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +147,9 @@ def _spell_check(arguments: list[str]) -> list[str]:
             continue
         key = canonical(name)
         if isinstance(key, tuple):
-            result += [f"--{key[0]}", key[1]]
+            result += [f"--{key[0]}", key[1]] if value.lower() not in ("false", "0", "no", "off") else []
+        elif key is None:
+            print(f"normatch: {argument} is not needed here and does nothing", file=sys.stderr)
         else:
             result.append(f"--{key}{equals}{value}")
     return result
@@ -162,13 +168,12 @@ def _verify(options) -> int:
     from .verify import verify_resume
 
     certificate = verify_resume(config, options.kills)
-    print(f"bit-equal after {certificate['kills']} kills: {config.out}/certificate.json")
+    print(f"bit-equal after {certificate['kills']} kills: {config.folder}/certificate.json")
     return 0
 
 
 def _train(options) -> int:
     config = _config(options)
-    print(yaml.safe_dump(config.model_dump(), sort_keys=False), file=sys.stderr)
     from .trainer import train  # torch is loaded only once the configuration is known to be right
 
     result = train(config)

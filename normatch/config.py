@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,7 +37,9 @@ class Config(BaseModel):
         0,
         "training images held out to choose the best checkpoint; 0: by the test set, as in the papers",
     )
-    seed: NonNegative = key(0, "seeds the labelled split, the data order, the augmentation and the weights")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = key(
+        0, "seeds the labelled split, the data order, the augmentation and the weights"
+    )
 
     backbone: str = key("wrn-28-2", "wrn-DEPTH-WIDEN, resnet18, resnet50, torchvision:NAME, timm:NAME")
     bn_momentum: Share | None = key(None, "BatchNorm momentum, the weight of the new batch; none: the backbone's own")
@@ -53,7 +55,9 @@ class Config(BaseModel):
     lambda_u: Weight = key(1.0, "weight of the unlabelled loss")
     T: Annotated[float, Field(gt=0)] = key(1.0, "temperature of the pseudo-labels")
     p_cutoff: Share = key(0.95, "confidence threshold of FixMatch; for NorMatch only reported")
-    hard_label: bool | None = key(None, "one-hot pseudo-labels; none: yes for fixmatch, no for normatch")
+    hard_label: bool | None = key(
+        None, "one-hot pseudo-labels; none: as published, yes for fixmatch and three voters, no for normatch"
+    )
 
     dist_align: bool = key(True, "normatch: align the pseudo-labels with the uniform class distribution")
     da_window: Positive = key(32, "normatch: batches in the alignment window")
@@ -73,7 +77,7 @@ class Config(BaseModel):
     augment: str = key("kekmodel", "augmentation policy: kekmodel, leedoyup, fixmatch-paper, weak, or a YAML file")
     augment_backend: Literal["auto", "native", "dali", "pil"] = key("auto", "what computes the views")
     num_workers: NonNegative | None = key(
-        None, "processes that compute views, 0: the training process itself; none: 4 with a GPU, 0 without"
+        None, "pil: processes that compute views, 0: the training process itself; none: 4 with a GPU, 0 without"
     )
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -87,17 +91,26 @@ class Config(BaseModel):
 
     eval_every: Positive = key(1024, "steps between evaluations, each of which writes a checkpoint")
     log_every: Positive = key(50, "steps between lines of metrics.jsonl")
-    out: str | None = key(None, "the run folder; none: runs/PRESET-METHOD-LABELS-SEED")
+    out: str | None = key(None, "the run folder; none: runs/DATASET-LABELS-METHOD-SEED")
     resume: str | None = key(
         None, "auto: go on from the run folder's last checkpoint, if there is one; or a run or checkpoint"
     )
     overwrite: bool = key(False, "delete an existing run folder first")
     progress: bool = key(True, "show a progress bar")
 
-    def with_method_defaults(self) -> "Config":
-        """This configuration with the settings filled in whose default depends on the method."""
-        hard = self.method == "fixmatch" if self.hard_label is None else self.hard_label
-        return self.model_copy(update={"hard_label": hard})
+    @property
+    def one_hot(self) -> bool:
+        """Whether pseudo-labels are one-hot: as said, or as published for the method."""
+        if self.hard_label is not None:
+            return self.hard_label
+        return self.method == "fixmatch" or self.third_voter != "none"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        voters = "" if self.third_voter == "none" else f"-{self.third_voter}"
+        name = f"{self.dataset}-{self.num_labels}-{self.method}{voters}-seed{self.seed}"
+        return Path("runs", name) if self.out is None else Path(self.out)
 
 
 # The published recipes (spec: SGD 0.03, 64 + 7 x 64 images, 2^20 steps, cosine 7/16, EMA 0.999 are the defaults above).
@@ -162,14 +175,20 @@ ALIASES = {
 }
 
 
-def canonical(name: str) -> str | tuple[str, str]:
-    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), or (key, value) where it implies one."""
+# Published flags for what always holds here: endless sampling, Nesterov momentum, averaging, one process a device.
+UNNEEDED = ("expand_labels", "nesterov", "use_ema", "opt_level", "gpu_id", "local_rank")
+
+
+def canonical(name: str) -> str | tuple[str, str] | None:
+    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), (key, value) where it implies one, or None."""
     name = name.replace("-", "_")
     if name in Config.model_fields:
         return name
     if name in ALIASES:
         return ALIASES[name]
-    raise UserError(f"unknown key {name!r}{nearest(name, [*Config.model_fields, *ALIASES])}")
+    if name in UNNEEDED:
+        return None
+    raise UserError(f"unknown key {name!r}{nearest(name, [*Config.model_fields, *ALIASES, *UNNEEDED])}")
 
 
 def nearest(name: str, known) -> str:
@@ -183,20 +202,19 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **key
     Without a preset, the first one of the data set that file or keys name; without that either, `digits`.
     Raises `UserError` for unknown presets and keys (with the nearest known one) and for values of the wrong type.
     """
-    given = {**(read_config(file) if file else {}), **_canonical_keys(keys)}
+    given = {**({} if file is None else read_config(file)), **_canonical_keys(keys)}
     if preset is None:
         dataset = given.get("dataset", "digits")
         preset = next((name for name, values in PRESETS.items() if values["dataset"] == dataset), "digits")
     if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     try:
         config = Config(**{**PRESETS[preset], **given})
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
-    if config.out is None:
-        name = preset if preset.endswith(f"-{config.num_labels}") else f"{preset}-{config.num_labels}"
-        config = config.model_copy(update={"out": f"runs/{name}-{config.method}-seed{config.seed}"})
-    return config.with_method_defaults()
+    if config.out == "" or config.resume == "":
+        raise UserError("--out and --resume need a folder's name, not an empty one")
+    return config
 
 
 def read_config(path: str | Path) -> dict:
@@ -218,11 +236,14 @@ def _canonical_keys(keys: dict) -> dict:
     result = {}
     for name, value in keys.items():
         name = canonical(str(name))
+        if name is None or (name == "backbone" and str(value).lower() in ("wideresnet", "resnet")):
+            continue  # a published flag that has nothing to say here: the preset knows the network
         if isinstance(name, tuple):  # a published on/off flag
             if str(value).lower() in ("false", "0", "no", "off"):
                 continue
             name, value = name
-        result[name] = value
+        optional = type(None) in get_args(Config.model_fields[name].annotation)
+        result[name] = None if optional and str(value).lower() == "none" else value
     return result
 
 

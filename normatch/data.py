@@ -82,6 +82,8 @@ def load_dataset(
         if name == "folder":
             return folders.load_folder(folder, image_size)
         return _miniimagenet(folder, image_size or 84, compat == "reference")
+    if name == "imagenet":
+        raise UserError("dataset 'imagenet' is not there yet; class folders of it can be read as --dataset folder")
     near = get_close_matches(str(name), DATASETS, n=1, cutoff=0)[0]
     raise UserError(f"unknown dataset '{name}': did you mean '{near}'? There are {', '.join(DATASETS)}")
 

@@ -20,13 +20,16 @@ def start(name: str) -> torch.device:
 
     NCCL between GPUs, gloo between CPUs. Raises `UserError` where the device is not there.
     """
-    ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # by torchrun; schedulers set some of them
+    ranks, local = (int(os.environ.get(k, d)) if launched else d for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and ranks > 1:
         name = f"cuda:{local}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
@@ -14,6 +14,7 @@ from .backbones import Classifier, build_backbone
 from .config import Config
 from .data import load_dataset
 from .errors import UserError
+from .folders import fit, read_image
 from .methods import METHODS
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -51,7 +52,8 @@ class Model(nn.Module):
         """images: (N, H, W, 3) uint8, or a list of PIL images or file paths -> (N, K) probabilities."""
         if not isinstance(images, (np.ndarray, torch.Tensor)):
             images = np.stack([self._read(image) for image in images])
-        images = torch.as_tensor(images)
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.require(images, requirements="W"))  # copied only if it is read-only
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images must be (N, H, W, 3) uint8, not {tuple(images.shape)} {images.dtype}")
         device = self.classifier.fc.weight.device
@@ -64,21 +66,11 @@ class Model(nn.Module):
 
     def _read(self, image):
         if not isinstance(image, Image.Image):
-            image = read_image(image)
-        size = (self.image_size, self.image_size)
-        return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An image file -> a PIL image, decoded. Raises `UserError` where it is not one."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise UserError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not an image that can be read: {error}") from None
+            try:
+                image = read_image(image)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{image} cannot be read: {error}") from None
+        return fit(image.convert("RGB"), self.image_size)
 
 
 def load(checkpoint: str | Path, device: str | torch.device = "cpu", dataset: str | None = None) -> Model:

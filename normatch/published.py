@@ -78,7 +78,7 @@ def read(path: str | Path, dataset: str | None = None) -> dict:
     """
     path = Path(path)
     if path.is_dir():
-        return load_checkpoint(path)
+        return load_checkpoint(path, chosen=True)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     content = read_safetensors(path) if path.suffix == ".safetensors" else _tensors_only(path)

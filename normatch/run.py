@@ -30,7 +30,8 @@ class Run:
     """
 
     def __init__(self, config: Config):
-        self.folder = Path(config.out)
+        self.folder = config.folder
+        self.source = None  # the checkpoints' folder of another run that this one goes on from
         self.writes = distributed.rank() == 0
         self.tensorboard = None
 
@@ -49,16 +50,23 @@ class Run:
 
     def checkpoint_to_resume(self, config: Config) -> dict | None:
         """The checkpoint that `config.resume` asks for, or None for a fresh start; refuses an existing folder."""
-        state = None
-        if config.resume == "auto":
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file, not a folder for a run")
+        occupied = self.folder.exists() and any(self.folder.iterdir())
+        if config.overwrite and occupied and not (self.folder / "config.yaml").is_file():
+            raise UserError(f"{self.folder} is not a run folder, and --overwrite replaces nothing else")
+        state, own = None, config.resume == "auto"
+        if own:  # there is none where the run was stopped before its first, or never begun
             state = self._newest_checkpoint()
         elif config.resume:
             state = load_checkpoint(config.resume)
+            given = Path(config.resume).resolve()
+            checkpoints = given / "checkpoints" if given.is_dir() else given.parent
+            own = checkpoints == self.last.parent.resolve()
+            self.source = None if own else checkpoints
         if state is not None:
             check_same_run(state["config"], config)
-        elif config.resume == "auto":
-            pass  # stopped before its first checkpoint, or never begun
-        elif self.folder.exists() and any(self.folder.iterdir()) and not config.overwrite:
+        if occupied and not own and not config.overwrite:
             raise UserError(
                 f"the run folder {self.folder} exists: go on with --resume auto, replace it with --overwrite, "
                 "or give another --out"
@@ -86,6 +94,8 @@ class Run:
         """Write the last checkpoint, keep the one before it, and where it `improved` write the best one too."""
         if not self.writes:
             return
+        if improved:  # first: a last.pt that knows of a better best.pt than there is would keep a wrong one for good
+            save_checkpoint(self.best, state)
         if self.last.exists():
             link = self.previous.with_suffix(".new")
             link.unlink(missing_ok=True)
@@ -95,19 +105,19 @@ class Run:
                 shutil.copyfile(self.last, link)
             os.replace(link, self.previous)
         save_checkpoint(self.last, state)
-        if improved:
-            save_checkpoint(self.best, state)
 
     def open(self, config: Config, device: torch.device, resumed_from: int):
         """Make the folder, or on resume cut its metrics back to step `resumed_from`."""
         if not self.writes:
             return
-        if config.overwrite and not resumed_from and self.folder.exists():
-            shutil.rmtree(self.folder)
         try:
+            if config.overwrite and (self.source or not resumed_from) and self.folder.exists():
+                shutil.rmtree(self.folder)
             self.last.parent.mkdir(parents=True, exist_ok=True)
             for unfinished in self.last.parent.glob("*.new"):  # left by a process that was killed while writing
                 unfinished.unlink()
+            if self.source and (self.source / "best.pt").is_file():
+                shutil.copyfile(self.source / "best.pt", self.best)
         except OSError as error:
             raise UserError(f"the run folder {self.folder} cannot be made: {error}") from None
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -160,12 +170,17 @@ def save_checkpoint(path: Path, state: dict):
         raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {error}") from None
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A run folder or a checkpoint file -> its state, tensors and plain values only. Raises `UserError`."""
+def load_checkpoint(path: str | Path, chosen: bool = False) -> dict:
+    """A run folder or a checkpoint file -> its state, tensors and plain values only. Raises `UserError`.
+
+    Of a folder the last checkpoint; `chosen`: the one that validation images chose, where there were any.
+    """
     path = Path(path)
     if path.is_dir():
-        best, last = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
-        path = last if last.exists() else best
+        best, path = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
+        if chosen and best.exists() and path.exists():
+            state = load_checkpoint(path)
+            return load_checkpoint(best) if state.get("held_out") else state
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from .config import Config, make_config
 from .data import load_dataset, make_split
 from .errors import Interrupted, UserError
 from .evaluation import accuracy
-from .loader import StepViews, make_batches
+from .loader import StepViews, choose_backend, make_batches
 from .methods import METHODS
 from .optim import EMA, cosine_7_16, decay_groups
 from .plot import leave_figure
@@ -63,6 +64,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     held_out = len(split.validation)
     uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
     rank, ranks = distributed.rank(), distributed.ranks()
+    choose_backend(config.augment_backend, device)
     views = StepViews(dataset, split, config.augment, config.seed, config.batch_size, uratio, rank, ranks)
 
     # ---- What is trained.
@@ -76,6 +78,10 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     distributed.barrier()  # all have looked at the run folder
     run.open(config, device, start)
     run.save_split(split)
+    if run.source and not run.best.exists():
+        state.best = None
+    if config.progress and rank == 0:
+        print(yaml.safe_dump(config.model_dump(), sort_keys=False), file=sys.stderr)
 
     # ---- The loop.
     forward = torch.compile(state.objective) if config.compile else state.objective
@@ -117,11 +123,9 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
             logging = evaluating or state.step % config.log_every == 0
             if logging:
                 values = {**state.meter.read(), "lr": lr, **clock.read(images_per_step)}
-                if not math.isfinite(values["loss"]):  # one NaN in the window makes its mean NaN
-                    kept = f"; the last good checkpoint is {run.last}" if run.last.exists() else ""
-                    raise UserError(
-                        f"the loss became NaN before step {state.step}{kept}: lower --lr, or give --precision fp32"
-                    )
+                # One NaN in the window makes its mean NaN. Weights are looked at where they are about to be saved.
+                if not math.isfinite(values["loss"]) or not (state.finite() if evaluating or stop.signal else True):
+                    raise not_finite(state.step, run)
                 run.log(state.step, "train", values)
                 report.train(state.step, values)
             else:
@@ -147,6 +151,10 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                     f"go on with --resume auto --out {run.folder}",
                     stop.signal or signal.SIGTERM,
                 )
+    except ValueError as error:  # the ops look for NaN themselves on the CPU
+        if isinstance(error, UserError) or state.finite():
+            raise
+        raise not_finite(state.step, run) from error
     except OSError as error:
         raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
     finally:
@@ -158,6 +166,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     # ---- The summary.
     best_test = state.best["accuracy"]
     if held_out:  # the test set is touched here only: the last weights above, the chosen ones now
+        distributed.barrier()
         state.ema.module.load_state_dict(torch.load(run.best, map_location=device, weights_only=True)["ema"])
         best_test = state.evaluate(dataset, split, last=True)["test_accuracy"]
     summary = {
@@ -166,7 +175,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         "num_labels": config.num_labels,
         "seed": config.seed,
         "steps": config.steps,
-        "protocol": f"validation on {held_out} training images, test set once" if held_out else PAPER_PROTOCOL,
+        "protocol": VALIDATION_PROTOCOL.format(held_out) if held_out else PAPER_PROTOCOL,
         "test_accuracy": scores["test_accuracy"],
         "test_accuracy_flow": scores.get("test_accuracy_flow"),
         "best_test_accuracy": best_test,
@@ -190,6 +199,14 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
 
 
 PAPER_PROTOCOL = "paper: test set at every evaluation, best of them"
+VALIDATION_PROTOCOL = "validation on {} training images; test set at the end, for the last and the chosen weights"
+
+
+def not_finite(step: int, run: Run) -> UserError:
+    kept = f"; the last good checkpoint is {run.last}" if run.last.exists() else ""
+    return UserError(
+        f"loss or weights became NaN or infinite before step {step}{kept}: lower --lr, or --precision fp32"
+    )
 
 
 class Objective(nn.Module):
@@ -283,6 +300,10 @@ class TrainingState:
         method.train(training)
         return scores
 
+    def finite(self) -> bool:
+        """Whether all weights are numbers. Waits for the device."""
+        return all(bool(p.isfinite().all()) for p in self.objective.parameters())
+
     def content(self, split) -> dict:
         """The checkpoint: tensors and plain values, so that it loads with weights_only=True."""
         return {
@@ -294,6 +315,7 @@ class TrainingState:
             "std": list(self.dataset.std),
             "image_size": self.dataset.train_images.shape[1],
             "split": split.sha256,
+            "held_out": len(split.validation),
             "step": self.step,
             "best": self.best,
             "seconds": self.seconds,

@@ -19,10 +19,12 @@ COMPARED = ("step", "best", "model", "ema", "optimizer", "flow_optimizer", "prio
 def verify_resume(config: Config, kills: int = 20) -> dict:
     """Train whole, then again under `kills` kill -9 at random moments, each time resumed; compare every bit.
 
-    Leaves both runs and certificate.json, which it returns, in `config.out`. Raises `UserError` where a resumed run
+    Leaves both runs and certificate.json, which it returns, in the run folder. Raises `UserError` where a resumed run
     fails or one bit differs.
     """
-    folder = Path(config.out)
+    folder = config.folder
+    if kills < 1:
+        raise UserError(f"kills {kills}: at least one is needed to certify anything")
     if folder.exists() and not config.overwrite:
         raise UserError(f"{folder} exists: replace it with --overwrite, or give another --out")
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,11 +63,15 @@ def verify_resume(config: Config, kills: int = 20) -> dict:
         process.join()
         resumed_from.append(_newest_step(Path(killed.out)))
         print(f"kill {kill + 1} of {kills}: the checkpoint at hand is of step {resumed_from[-1]}", flush=True)
+    if not resumed_from:
+        raise UserError("the run ended before it could be killed: give it more --steps")
     if not (Path(killed.out) / "summary.json").exists():
         _finish(start(killed))
 
     a, b = (load_checkpoint(Path(run.out) / "checkpoints" / "last.pt") for run in (whole, killed))
     different = [part for part in COMPARED if not same(a[part], b[part])]
+    chosen = [load_checkpoint(Path(run.out) / "checkpoints" / "best.pt") for run in (whole, killed)]
+    different += [] if same(*(state["ema"] for state in chosen)) else ["best"]
     unfinished = [path.name for path in Path(killed.out).rglob("*.new")]
     certificate = {
         "bit_equal": not different and not unfinished,

@@ -25,13 +25,14 @@ def run_folder(tmp_path_factory):
     return out
 
 
-def refused(capsys, arguments, *said):
-    """Run a command that must fail: one line on standard error, nothing on standard output."""
+def refused(capsys, arguments, *said, started=False):
+    """Run a command that must fail: one line on standard error (after others if it `started`), none on output."""
     capsys.readouterr()
     assert main([str(a) for a in arguments]) != 0
     captured = capsys.readouterr()
-    message = captured.err.splitlines()[-1]
-    assert message.startswith("normatch: ") and "Traceback" not in captured.err
+    *before, message = captured.err.splitlines()
+    assert captured.out == "" and message.startswith("normatch: ") and "Traceback" not in captured.err
+    assert started or not before, "a mistake gets one line"
     for text in said:
         assert str(text) in message
     return captured
@@ -134,7 +135,7 @@ def test_missing_data_folder(capsys, tmp_path):
 
 
 def test_data_set_of_a_later_version(capsys, tmp_path):
-    refused(capsys, ["train", "imagenet-13000", "--out", tmp_path / "r"], "imagenet")
+    refused(capsys, ["train", "imagenet-13000", "--out", tmp_path / "r"], "imagenet", "not there yet")
 
 
 def test_batch_larger_than_the_set(capsys, tmp_path):
@@ -232,9 +233,46 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(capsys, tmp_path, mon
         "--out",
         out,
     ]
-    refused(capsys, ["train", *arguments], "NaN", "last.pt")
+    refused(capsys, ["train", *arguments], "NaN", "last.pt", started=True)
     state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_weights_that_are_not_numbers_are_never_saved(capsys, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", *QUICK, "--lr", "1e30", "--out", out]
+    refused(capsys, [*arguments, "--eval_every", "1", "--steps", "6"], "NaN or infinite", started=True)
+    for path in out.rglob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        assert all(torch.isfinite(v).all() for v in state["model"].values())
+    refused(capsys, [*arguments, "--steps", "6", "--overwrite"], "NaN or infinite", started=True)
+
+
+def test_overwrite_replaces_nothing_but_runs(capsys, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    refused(capsys, ["train", *QUICK, "--out", tmp_path, "--overwrite"], "not a run folder")
+    refused(capsys, ["train", *QUICK, "--out", tmp_path / "thesis.txt", "--overwrite"], "thesis.txt")
+    refused(capsys, ["train", *QUICK, "--out", "", "--overwrite"], "--out")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_resuming_into_another_run_is_refused(capsys, run_folder, tmp_path):
+    other = tmp_path / "other"
+    assert main(["train", *QUICK, "--out", str(other)]) == 0
+    before = {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
+    keys = ["--eval_every", "2", "--log_every", "2", "--resume", run_folder / "checkpoints" / "previous.pt"]
+    refused(capsys, ["train", *QUICK, *keys, "--out", other], other, "--overwrite")
+    assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
+
+
+def test_predict_sees_files_as_training_does(run_folder, tmp_path):
+    values = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    from normatch.folders import fit, read_image
+
+    model = normatch.load(run_folder)
+    array = fit(read_image(tmp_path / "deep.png"), 32)
+    assert torch.equal(model.predict_proba([tmp_path / "deep.png"]), model.predict_proba(array[None]))
 
 
 def test_unusable_device(capsys, tmp_path):

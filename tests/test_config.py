@@ -32,9 +32,11 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
 
 
 def test_pseudo_label_kind_follows_the_method():
-    assert make_config("cifar10-40", method="fixmatch").hard_label is True
-    assert make_config("cifar10-40", method="normatch").hard_label is False
-    assert make_config("cifar10-40", method="fixmatch", hard_label=False).hard_label is False
+    assert make_config("cifar10-40", method="fixmatch").one_hot is True
+    assert make_config("cifar10-40", method="normatch").one_hot is False
+    assert make_config("cifar10-40", method="fixmatch", hard_label=False).one_hot is False
+    assert make_config("cifar10-40", third_voter="sampled").one_hot is True
+    assert make_config(**{**make_config("cifar10-40").model_dump(), "method": "fixmatch"}).one_hot is True
 
 
 def test_published_recipes():
@@ -55,7 +57,7 @@ def test_a_data_set_alone_takes_its_own_recipe():
 
 
 def test_run_folders_tell_runs_apart():
-    folders = [make_config("cifar10-40", seed=s, method=m).out for s in (0, 1) for m in ("normatch", "fixmatch")]
+    folders = [make_config("cifar10-40", seed=s, method=m).folder for s in (0, 1) for m in ("normatch", "fixmatch")]
     assert len(set(folders)) == 4
 
 
@@ -71,6 +73,17 @@ def test_published_names_are_accepted():
     assert (config.num_labels, config.uratio, config.p_cutoff, config.weight_decay) == (250, 3, 0.9, 1e-3)
     assert (config.hard_label, config.precision) == (False, "bf16")
     assert make_config(amp=False).precision == "auto"
+
+
+def test_published_command_lines_are_understood():
+    keys = {"arch": "wideresnet", "expand-labels": True, "use_ema": True, "num-labeled": 4000, "lr": 0.03}
+    config = make_config(dataset="cifar10", **keys)
+    assert (config.backbone, config.num_labels) == ("wrn-28-2", 4000)
+
+
+def test_none_means_none_where_a_key_may_be_empty():
+    assert make_config(bn_momentum="none").bn_momentum is None
+    assert make_config(compat="none").compat == "none"
 
 
 def test_aliases_lead_somewhere():

@@ -30,7 +30,7 @@ class FixMatch(nn.Module):
             logits_strong,
             config.T,
             config.p_cutoff,
-            config.hard_label,
+            config.one_hot,
             mask_temperature=config.T if config.compat == "reference" else 1.0,
         )
         loss = loss_x + config.lambda_u * loss_u

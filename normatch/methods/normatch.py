@@ -68,7 +68,7 @@ class NorMatch(nn.Module):
         weight, pseudo_label, agree = consensus(q, votes, detach=not reference)
 
         loss_x = F.cross_entropy(logits_x, y)
-        target = pseudo_label if config.hard_label else q
+        target = pseudo_label if config.one_hot else q
         loss_u = (F.cross_entropy(logits_strong, target, reduction="none") * weight).mean()
         loss_f = sum(F.cross_entropy(logits, y) for logits in flow_logits_x) / len(self.flows)
         loss_n = -outputs[0].log_prob[len(y) :].mean()
