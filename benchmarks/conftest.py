@@ -5,12 +5,13 @@ plain PyTorch (eager and compiled), and normatch. Every provider is first checke
 The record (`--benchmark-json FILE`, `--benchmark-compare`) carries bytes, FLOP and percent of the measured roof.
 """
 
-import time
-
 import pytest
 import torch
 import torch._functorch.config
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from normatch.bench.measure import copy_roof, operations
+
+__all__ = ["DEVICE", "operations"]
 
 torch._functorch.config.donated_buffer = False  # so that a compiled backward can be timed alone, again and again
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,43 +39,14 @@ def synchronised(call):
     return run
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the operations dispatched to kernels: each is at least one launch on a GPU; views are none."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def operations(call) -> int:
-    with _Operations() as counter:
-        call()
-    return counter.count
-
-
 @pytest.fixture(scope="session")
-def copy_roof():
-    """Bytes per second, read and written, of the fastest of many large copies.
-
-    Into new memory each time, as every functional op writes: on a CPU the kernel's page faults are most of its cost,
-    and they are the same for every provider.
-    """
-    source = torch.empty(1 << 25, device=DEVICE).normal_()
-    copy = synchronised(source.clone)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        copy()
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
+def roof():
+    """Bytes per second that a large copy reads and writes."""
+    return copy_roof(DEVICE)
 
 
 @pytest.fixture
-def measure(benchmark, copy_roof):
+def measure(benchmark, roof):
     """measure(group, provider, call, moved, flop, **facts): time call() and record its rates."""
 
     def run(group, provider, call, moved, flop, **facts):
@@ -90,8 +62,8 @@ def measure(benchmark, copy_roof):
             flop=flop,
             gb_per_s=round(moved / seconds / 1e9, 2),
             gflop_per_s=round(flop / seconds / 1e9, 2),
-            percent_of_copy=round(100 * moved / seconds / copy_roof, 1),
-            copy_gb_per_s=round(copy_roof / 1e9, 2),
+            percent_of_copy=round(100 * moved / seconds / roof, 1),
+            copy_gb_per_s=round(roof / 1e9, 2),
             **facts,
         )
 

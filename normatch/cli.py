@@ -101,15 +101,21 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         contact_sheet.data_arguments(data)
         data.set_defaults(run=contact_sheet.data_command)
 
-    bench = commands.add_parser("bench", help="measure the augmentation backends or the loader side by side")
-    benches = bench.add_subparsers(required=True, metavar="{augment,loader}")
-    for name in ("augment", "loader"):
+    bench = commands.add_parser("bench", help="measure the ops, the augmentation backends or the loader side by side")
+    benches = bench.add_subparsers(required=True, metavar="{kernels,augment,loader}")
+    for name in ("kernels", "augment", "loader"):
         one = benches.add_parser(name)
-        if list(words) == ["bench", name]:
-            from .bench import views
+        if list(words) != ["bench", name]:
+            continue
+        from .bench import kernels, views
 
-            getattr(views, f"{name}_arguments")(one)
-            one.set_defaults(run=getattr(views, name))
+        arguments, run = {
+            "kernels": (kernels.add_arguments, kernels.run),
+            "augment": (views.augment_arguments, views.augment),
+            "loader": (views.loader_arguments, views.loader),
+        }[name]
+        arguments(one)
+        one.set_defaults(run=run)
 
     info = commands.add_parser("info", help="versions, where the ops come from, and what this machine can do")
     info.set_defaults(run=_info)
