@@ -124,7 +124,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
             if logging:
                 values = {**state.meter.read(), "lr": lr, **clock.read(images_per_step)}
                 # One NaN in the window makes its mean NaN. Weights are looked at where they are about to be saved.
-                if not math.isfinite(values["loss"]) or not (state.finite() if evaluating or stop.signal else True):
+                if not math.isfinite(values["loss"]) or (evaluating and not state.finite()):
                     raise not_finite(state.step, run)
                 run.log(state.step, "train", values)
                 report.train(state.step, values)
@@ -144,6 +144,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
             # Processes agree on when to stop at log points only, where they wait for each other anyway.
             if stop.agreed(ask=ranks == 1 or logging) and not last:
                 if not evaluating:
+                    if not state.finite():
+                        raise not_finite(state.step, run)
                     state.seconds = clock.total()
                     run.save(state.content(split), improved=False)
                 raise Interrupted(
