@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 
 # Public name -> the module that holds it, imported on first use: `normatch --help` need not wait for torch.
 _PUBLIC = {
-    "FlowHead": "flow",
-    "FlowOutput": "flow",
+    "FlowHead": "flows",
+    "FlowOutput": "flows",
     "WideResNet": "backbones",
     "Config": "config",
     "make_config": "config",
@@ -22,7 +22,7 @@ _MODULES = (
     "methods",
     "augment",
     "data",
-    "flow",
+    "flows",
     "backbones",
     "loader",
     "optim",

@@ -13,7 +13,7 @@ import torch
 from . import __version__
 from .config import Config
 from .errors import UserError
-from .flow import FlowHead
+from .flows import FlowHead
 from .methods import METHODS
 from .run import load_checkpoint
 

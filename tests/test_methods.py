@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from normatch.config import make_config
-from normatch.flow import FlowHead, FlowOutput
+from normatch.flows import FlowHead, FlowOutput
 from normatch.methods import METHODS
 from normatch.methods.fixmatch import consistency
 from normatch.methods.normatch import align, consensus, ramp, sampled_classifier

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.flow import FlowHead
+from normatch.flows import FlowHead
 from normatch.optim import EMA, cosine_7_16, decay_groups
 from normatch.trainer import update_flows
 

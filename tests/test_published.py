@@ -16,7 +16,7 @@ from normatch.cli import main
 from normatch.convert import convert
 from normatch.errors import UserError
 from normatch.evaluation import build_model
-from normatch.flow import FlowHead
+from normatch.flows import FlowHead
 
 needs_safetensors = pytest.mark.skipif(not find_spec("safetensors"), reason="the package safetensors is not installed")
 SUFFIXES = [".pt", pytest.param(".safetensors", marks=needs_safetensors)]

@@ -142,7 +142,7 @@ def _mixture(direction: str, n: int, k: int, d: int) -> Case:
 
 
 def _head(direction: str, n: int, d: int, k: int, depth: int) -> Case:
-    from ..flow import FlowHead
+    from ..flows import FlowHead
 
     providers = _providers(published_head, closed_head, fused_head)
     if n > 512 or depth > 6 or k > 10:

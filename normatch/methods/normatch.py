@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import distributed
-from ..flow import FlowHead
+from ..flows import FlowHead
 from .metrics import average
 
 

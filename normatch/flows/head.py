@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import ops
+from .. import ops
 
 
 class FlowOutput(NamedTuple):
