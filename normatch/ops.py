@@ -28,6 +28,8 @@ __all__ = [
     "affine_coupling_inverse",
     "augment_views",
     "backend",
+    "coupling2d",
+    "coupling2d_inverse",
     "flow_head",
     "flow_head_path",
     "gmm_log_prob",
@@ -281,6 +283,108 @@ _register(
     _affine_coupling_inverse_save,
 )
 _register("affine_coupling_inverse_backward", _affine_coupling_inverse_backward_fake)
+
+
+# ---- affine coupling of images ------------------------------------------------------------------------------------
+
+# What is changed: the first or the last P channels, or the pixels (i, j) with i + j even or odd.
+_CHANGED = ("first", "second", "even", "odd")
+
+
+def _check_coupling2d(op: str, name: str, x: Tensor, params: Tensor, gain: Tensor | None, changed: str, eps) -> None:
+    _check_tensor(op, name, x)
+    _check_float(op, name, x)
+    _check_dims(op, name, x, "(N, C, H, W)")
+    _check_tensor(op, "params", params)
+    _check_float(op, "params", params)
+    _check_same(op, "params", params, name, x, dtype=False)
+    _check_dims(op, "params", params, "(N, 2P, H, W)")
+    if changed not in _CHANGED:
+        raise ValueError(f"{op}: changed must be one of {', '.join(_CHANGED)}, not {changed!r}")
+    n, c, h, w = x.shape
+    channels = params.shape[1]
+    if changed in ("even", "odd") or channels % 2 or channels > 2 * c:
+        channels = 2 * c if changed in ("even", "odd") else 2 * (c // 2)
+    _check_shape(op, "params", params, (n, channels, h, w), f"{name} and changed={changed!r}")
+    if gain is not None:
+        _check_tensor(op, "gain", gain)
+        _check_float(op, "gain", gain)
+        _check_shape(op, "gain", gain, (channels // 2,), "params")
+        _check_same(op, "gain", gain, name, x, dtype=False)
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, not {type(eps).__name__}")
+    if not eps >= 0 or (eps and gain is not None):
+        raise ValueError(f"{op}: eps must be 0 with a gain, and not negative without one, but is {eps}")
+
+
+def coupling2d(
+    x: Tensor,
+    params: Tensor,
+    gain: Tensor | None = None,
+    *,
+    changed: str = "first",
+    shift_first: bool = True,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """x: (N, C, H, W), params: (N, 2P, H, W), gain: (P,) or None -> y: (N, C, H, W), logdet: (N,).
+
+    An affine coupling layer of an image flow (RealNVP: Dinh, Sohl-Dickstein and Bengio, ICLR 2017, section 3.4), given
+    the whole image x and the unsplit output `params` of the layer's network: s_raw in the first P channels, t in the
+    last P. `changed` says what of x is transformed; the rest is copied to y:
+
+        "first", "second"    the first or the last P channels (P is that of params, commonly C / 2)
+        "even", "odd"        the pixels (i, j) with i + j even or odd, in all channels (P = C)
+
+    The scale is bounded by a tanh with a gain per channel (FlowGMM: Izmailov et al., ICML 2020), or, without a gain,
+    by a sigmoid (Glow: Kingma and Dhariwal, NeurIPS 2018; SCNF: Atanov et al., 2019):
+
+        log scale = gain * tanh(s_raw)    or    log(sigmoid(s_raw + 2) + eps)
+        y = (x + t) * scale,    with shift_first=False    y = x * scale + t
+        logdet_n = sum of the log scale over what is changed
+
+    FlowGMM's layers are those with a gain; SCNF's channel coupling has eps=1e-6, its masked one shift_first=False.
+    y has the dtype and the memory format (contiguous or channels-last) of x; logdet, in nats, is float32 (float64 for
+    float64). params (whose network may run under autocast) and gain may have any float dtype and are cast, params to
+    that of x and gain to that of logdet. x may be a slice of channels or samples; params is copied only where its
+    memory format is not that of x.
+
+    Raises TypeError for an argument that is no float tensor, and ValueError for a wrong shape, mixed devices, an
+    unknown `changed`, or an eps that is negative or stands beside a gain; the message names the argument.
+    """
+    op = "coupling2d"
+    _check_coupling2d(op, "x", x, params, gain, changed, eps)
+    if x.device.type not in _KERNELS.get(op, ()):
+        return reference.coupling2d(x, params, gain, changed, shift_first, eps)
+    if gain is not None:
+        gain = gain.to(accumulation_dtype(x.dtype))
+    return torch.ops.normatch.coupling2d.default(
+        x, params.to(x.dtype), gain, _CHANGED.index(changed), bool(shift_first), float(eps)
+    )
+
+
+def coupling2d_inverse(
+    y: Tensor,
+    params: Tensor,
+    gain: Tensor | None = None,
+    *,
+    changed: str = "first",
+    shift_first: bool = True,
+    eps: float = 0.0,
+) -> Tensor:
+    """y: (N, C, H, W), params: (N, 2P, H, W), gain: (P,) or None -> x: (N, C, H, W).
+
+    What `coupling2d` maps to y: x = y / scale - t, or (y - t) / scale with shift_first=False. Arguments and errors as
+    there.
+    """
+    op = "coupling2d_inverse"
+    _check_coupling2d(op, "y", y, params, gain, changed, eps)
+    if y.device.type not in _KERNELS.get(op, ()):
+        return reference.coupling2d_inverse(y, params, gain, changed, shift_first, eps)
+    if gain is not None:
+        gain = gain.to(accumulation_dtype(y.dtype))
+    return torch.ops.normatch.coupling2d_inverse.default(
+        y, params.to(y.dtype), gain, _CHANGED.index(changed), bool(shift_first), float(eps)
+    )
 
 
 # ---- log-determinant ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 from normatch.augment import Policy, View, draw_parameters, normalize, strong_views, weak_views
 
@@ -30,6 +30,58 @@ def affine_coupling_inverse(y: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -
     """y, s_raw, t: (N, H), gain: (H,) -> x: (N, H)."""
     log_scale = gain.to(accumulation_dtype(y.dtype)) * s_raw.tanh()
     return (y * (-log_scale).exp() - t).to(y.dtype)
+
+
+def coupling2d(
+    x: Tensor,
+    params: Tensor,
+    gain: Tensor | None = None,
+    changed: str = "first",
+    shift_first: bool = True,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """x: (N, C, H, W), params: (N, 2P, H, W), gain: (P,) -> y: (N, C, H, W), logdet: (N,)."""
+
+    def forward(x, log_scale, t):
+        return (x + t) * log_scale.exp() if shift_first else x * log_scale.exp() + t
+
+    return _couple2d(forward, x, params, gain, changed, eps)
+
+
+def coupling2d_inverse(
+    y: Tensor,
+    params: Tensor,
+    gain: Tensor | None = None,
+    changed: str = "first",
+    shift_first: bool = True,
+    eps: float = 0.0,
+) -> Tensor:
+    """y: (N, C, H, W), params: (N, 2P, H, W), gain: (P,) -> x: (N, C, H, W)."""
+
+    def inverse(y, log_scale, t):
+        return y * (-log_scale).exp() - t if shift_first else (y - t) * (-log_scale).exp()
+
+    return _couple2d(inverse, y, params, gain, changed, eps)[0]
+
+
+def _couple2d(function: Callable, x, params, gain, changed, eps) -> tuple[Tensor, Tensor]:
+    """`function` of the changed part of x, its log-scale and its shift; the rest as it is."""
+    dtype = accumulation_dtype(x.dtype)
+    s_raw, t = params.chunk(2, 1)
+    if gain is not None:
+        log_scale = gain.to(dtype)[:, None, None] * s_raw.to(dtype).tanh()
+    elif eps == 0:
+        log_scale = logsigmoid(s_raw.to(dtype) + 2)
+    else:
+        log_scale = ((s_raw.to(dtype) + 2).sigmoid() + eps).log()
+    if changed in ("even", "odd"):
+        row, column = (torch.arange(size, device=x.device) for size in x.shape[2:])
+        mask = (row[:, None] + column) % 2 == (changed == "odd")
+        return torch.where(mask, function(x, log_scale, t).to(x.dtype), x), (log_scale * mask).flatten(1).sum(1)
+    width = params.shape[1] // 2
+    start = 0 if changed == "first" else x.shape[1] - width
+    before, part, after = x.split([start, width, x.shape[1] - width - start], 1)
+    return torch.cat([before, function(part, log_scale, t).to(x.dtype), after], 1), log_scale.flatten(1).sum(1)
 
 
 def logdet(log_scale: Tensor) -> Tensor:
