@@ -12,10 +12,10 @@ FORMS = [(True, True, 0.0), (False, True, 1e-6), (False, False, 0.0), (False, Tr
 def inputs(part, form, n=2, h=3, w=5, dtype=torch.float32):
     changed, c, p = part
     has_gain, shift_first, eps = form
-    gain = 1 + 0.3 * torch.randn(p, dtype=torch.float64) if has_gain else None
     args = [torch.randn(n, c, h, w).to(dtype), (2 * torch.randn(n, 2 * p, h, w)).to(dtype)]
-    options = {"changed": changed, "shift_first": shift_first, "eps": eps}
-    return args + [gain.to(reference.accumulation_dtype(dtype))] * has_gain, options
+    if has_gain:
+        args.append((1 + 0.3 * torch.randn(p, dtype=torch.float64)).to(reference.accumulation_dtype(dtype)))
+    return args, {"changed": changed, "shift_first": shift_first, "eps": eps}
 
 
 @pytest.mark.parametrize("form", FORMS)
