@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FlowHead": "flows",
     "FlowOutput": "flows",
+    "FlowClassifier": "flows",
+    "GaussianMixture": "flows",
     "WideResNet": "backbones",
     "Config": "config",
     "make_config": "config",

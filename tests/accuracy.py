@@ -1,5 +1,6 @@
 """How the tests of the ops judge numbers, and the inputs they have in common."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def assert_as_accurate(got: list[Tensor], plain: list[Tensor], exact: list[Tenso
         assert error <= 2 * plain_error + floor, (  # a NaN fails too
             f"{what}: error {error:.3g}, plain PyTorch's {plain_error:.3g}, floor {floor:.3g}"
         )
+
+
+def assert_near(got: Tensor, want: np.ndarray, gap: float, exact: bool) -> None:
+    """`got` against a recorded float64 array: to 1e-9 of its largest entry if `exact`, that is for float64, and
+
+    for float32 to four times `gap`, by which the published code itself differed between float32 and float64.
+    """
+    got = got.detach().double().numpy()
+    limit = 1e-9 * np.abs(want).max() if exact else max(4 * gap * np.abs(want).max(), 1e-6)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= limit
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:

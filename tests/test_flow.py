@@ -2,9 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from accuracy import assert_near
 from torch.nn import functional as F
 
 import normatch
@@ -24,13 +24,6 @@ def recorded_head(data, dtype):
     state = {k.removeprefix("param/"): torch.tensor(v).to(dtype) for k, v in data.items() if k.startswith("param/net.")}
     prior = (torch.tensor(data[f"param/prior.{k}"]).to(dtype) for k in ("means", "inv_cov_stds", "weights"))
     return FlowHead.from_reference(state, *prior).eval()
-
-
-def assert_near(got, want, gap, exact):
-    got = got.detach().double().numpy()
-    limit = 1e-9 * np.abs(want).max() if exact else max(4 * gap * np.abs(want).max(), 1e-6)
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= limit
 
 
 @pytest.mark.parametrize("file", FILES)

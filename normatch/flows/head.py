@@ -1,22 +1,12 @@
 """The flow classifier: features (N, D) -> latent z (N, D), log-determinant (N,), class log-densities (N, K)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .. import ops
-
-
-class FlowOutput(NamedTuple):
-    """What a flow head says of features (N, D); all in nats, float32 (float64 for float64 parameters)."""
-
-    z: torch.Tensor  # (N, D) latent
-    logdet: torch.Tensor  # (N,) log |det dz/dx|, summed over all couplings
-    class_log_prob: torch.Tensor  # (N, K) log pi_k + log N(z; mu_k, sigma_k^2 I)
-    log_prob: torch.Tensor  # (N,) logsumexp_k of the above + logdet
+from .density import FlowDensity, FlowOutput, sample_mixture
 
 
 class Coupling(nn.Module):
@@ -24,23 +14,23 @@ class Coupling(nn.Module):
 
     The first half [0, D // 2) is kept and the rest changed, or with `swap` the reverse:
     z = (x + t) * exp(gain * tanh(s)) on the changed half, s and t from the kept half. (Dinh, Sohl-Dickstein & Bengio
-    2017, eq. 7-8, with the translation before the scale as in NorMatch.) Only the live halves of the network's
-    first and last layers exist here: the published full-width matrices multiply zeros.
+    2017, eq. 7-8, with the translation before the scale as in FlowGMM and NorMatch.) Only the live halves of the
+    network's first and last layers exist here: the published full-width matrices multiply zeros.
     """
 
-    def __init__(self, features: int, hidden: int, dropout: float, swap: bool):
+    def __init__(self, features: int, hidden: int, dropout: float, swap: bool, layers: int = 1):
         super().__init__()
         kept = features // 2
         if swap:
             kept = features - kept
         changed = features - kept
         self.kept, self.changed, self.swap = kept, changed, swap
+        inner = [layer for _ in range(layers) for layer in (nn.Linear(hidden, hidden), nn.ReLU())]
         self.net = nn.Sequential(
             nn.Linear(kept, hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            *inner,
             nn.Linear(hidden, 2 * changed),
         )
         self.gain = nn.Parameter(torch.ones(changed))
@@ -50,17 +40,17 @@ class Coupling(nn.Module):
 
     def forward(self, x):
         kept, changed = self.split(x)
-        s, t = self.net(kept).chunk(2, dim=1)
+        s, t = self.net(kept).to(x.dtype).chunk(2, dim=1)
         changed, logdet = ops.affine_coupling(changed, s, t, self.gain)
         return self.join(kept, changed), logdet
 
     def inverse(self, z):
         kept, changed = self.split(z)
-        s, t = self.net(kept).chunk(2, dim=1)
+        s, t = self.net(kept).to(z.dtype).chunk(2, dim=1)
         return self.join(kept, ops.affine_coupling_inverse(changed, s, t, self.gain))
 
     def tensors(self) -> list[torch.Tensor]:
-        """The parameters in the order in which `ops.flow_head` takes them."""
+        """The parameters in the order in which `ops.flow_head` takes them, which has one inner layer."""
         first, _, _, middle, _, last = self.net
         return [first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, self.gain]
 
@@ -74,8 +64,26 @@ class Coupling(nn.Module):
     def join(self, kept, changed):
         return torch.cat((changed, kept) if self.swap else (kept, changed), dim=1)
 
+    @torch.no_grad()
+    def load_published(self, state: dict, prefix: str):
+        """The published full-width layer, `st_net.*` and `rescale.*` behind `prefix` in `state`: its live halves."""
+        features = self.kept + self.changed
+        kept, changed = (half.flatten() for half in self.split(torch.arange(features)[None]))
+        rows = torch.cat((changed, features + changed))  # of s, then of t
+        linears = [index for index, layer in enumerate(self.net) if isinstance(layer, nn.Linear)]
+        for index in linears:
+            weight, bias = (state[f"{prefix}st_net.{index}.{name}"] for name in ("weight", "bias"))
+            if index == linears[0]:
+                weight = weight[:, kept]
+            if index == linears[-1]:
+                weight, bias = weight[rows], bias[rows]
+            self.net[index].weight.copy_(weight)
+            self.net[index].bias.copy_(bias)
+        # The weight-normalised gain g v / |v| of one entry is g sign(v).
+        self.gain.copy_((state[f"{prefix}rescale.weight_g"] * state[f"{prefix}rescale.weight_v"].sign())[changed])
 
-class FlowHead(nn.Module):
+
+class FlowHead(FlowDensity):
     """x: (N, D) fp32/bf16/fp16 -> FlowOutput(z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,)).
 
     NorMatch's flow classifier (Deng et al. 2024): `couplings` affine couplings on alternating halves, then a mixture
@@ -143,14 +151,11 @@ class FlowHead(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, label=None, generator: torch.Generator | None = None) -> torch.Tensor:
         """n features (n, D) drawn from the density, of class `label` (an int, or one a row (n,)) or of the mixture."""
-        device = self.means.device
-        if label is None:
-            label = torch.multinomial(self.mixture_logits.softmax(0), n, replacement=True, generator=generator)
-        label = torch.as_tensor(label, device=device).expand(n)
-        if n and not 0 <= int(label.min()) <= int(label.max()) < self.classes:
-            raise ValueError(f"label must lie in 0..{self.classes - 1}")
-        noise = torch.randn(n, self.features, generator=generator, device=device, dtype=self.means.dtype)
-        return self.inverse(self.means[label] + F.softplus(self.rho)[label, None] * noise)
+        return self.inverse(sample_mixture(self.means, self.rho, self.mixture_logits, n, label, generator))
+
+    def log_class_prior(self) -> torch.Tensor:
+        """(K,) log pi."""
+        return (self.mixture_logits.softmax(0) + self.eps).log()
 
     def prior_parameters(self) -> list[nn.Parameter]:
         """The mixture's means (K, D), rho (K,) and logits (K,)."""
@@ -161,8 +166,7 @@ class FlowHead(nn.Module):
         """The published flow's state dict, means (K, D), rho (K,) and mixture logits (K,) -> the same head here.
 
         Names in `state` end in `body.J.st_net.{0,3,5}.{weight,bias}` and `body.J.rescale.weight_{g,v}`, J the
-        coupling, behind any prefix. The weight-normalised gain g v / |v| of one entry is g sign(v).
-        Raises KeyError where a tensor is missing.
+        coupling, behind any prefix. Raises KeyError where a tensor is missing.
         """
         tensors = {"body." + name.rpartition("body.")[2]: torch.as_tensor(value) for name, value in state.items()}
         couplings = 1 + max((int(name.split(".")[1]) for name in tensors if ".st_net." in name), default=-1)
@@ -171,23 +175,12 @@ class FlowHead(nn.Module):
         hidden, features = tensors["body.0.st_net.0.weight"].shape
         means = torch.as_tensor(means)
         head = cls(features, len(means), couplings, hidden, compat="reference").to(means)
-        indices = torch.arange(features)
         with torch.no_grad():
             head.means.copy_(means)
             head.rho.copy_(torch.as_tensor(rho))
             head.mixture_logits.copy_(torch.as_tensor(weights))
-            for j, coupling in enumerate(head.couplings):
-                kept, changed = (half.flatten() for half in coupling.split(indices[None]))
-                rows = torch.cat((changed, features + changed))  # of s, then of t
-                first, middle, last = coupling.net[0], coupling.net[3], coupling.net[5]
-                first.weight.copy_(tensors[f"body.{j}.st_net.0.weight"][:, kept])
-                first.bias.copy_(tensors[f"body.{j}.st_net.0.bias"])
-                middle.weight.copy_(tensors[f"body.{j}.st_net.3.weight"])
-                middle.bias.copy_(tensors[f"body.{j}.st_net.3.bias"])
-                last.weight.copy_(tensors[f"body.{j}.st_net.5.weight"][rows])
-                last.bias.copy_(tensors[f"body.{j}.st_net.5.bias"][rows])
-                g, v = tensors[f"body.{j}.rescale.weight_g"], tensors[f"body.{j}.rescale.weight_v"]
-                coupling.gain.copy_((g * v.sign())[changed])
+        for j, coupling in enumerate(head.couplings):
+            coupling.load_published(tensors, f"body.{j}.")
         return head
 
     def extra_repr(self):

@@ -1,0 +1,168 @@
+"""What every flow with a prior answers: `log_prob`, `class_probs`, `sample`; and the Gaussian-mixture prior."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import ops
+
+
+class FlowOutput(NamedTuple):
+    """What a flow and its prior say of samples (N, ...); all in nats, float32 (float64 for float64 parameters)."""
+
+    z: torch.Tensor  # (N, D) latent
+    logdet: torch.Tensor  # (N,) log |det dz/dx|, summed over all layers
+    class_log_prob: torch.Tensor  # (N, K) log pi_k + log p(z | k), which is log N(z; mu_k, sigma_k^2 I) for a mixture
+    log_prob: torch.Tensor  # (N,) logsumexp_k of the above + logdet
+
+
+class FlowDensity(nn.Module):
+    """x: (N, ...) -> FlowOutput: a density log p(x, y) of samples and their classes, with an inverse and samples.
+
+    A model has `forward`, `inverse(z) -> x`, `sample(n, y, generator) -> x` and `log_class_prior() -> (K,)`; what
+    follows is the same for all, in the manner of `torch.distributions`. All log-densities are in nats, of x as it is
+    given: no dequantisation constant is added.
+    """
+
+    def log_prob(self, x: torch.Tensor, y: torch.Tensor | int | None = None) -> torch.Tensor:
+        """x: (N, ...), y: (N,) or an int -> (N,): log p(x | y), and log p(x) without y and where y is -1.
+
+        Raises ValueError for NaN among x and for y outside -1..K-1.
+        """
+        out = self(self._without_nan(x))
+        if y is None:
+            return out.log_prob
+        y = self._checked_label(y, len(out.z), out.z.device)
+        of_class = (out.class_log_prob - self.log_class_prior()).gather(1, y.clamp(min=0)[:, None])[:, 0] + out.logdet
+        return torch.where(y < 0, out.log_prob, of_class)
+
+    def class_log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (N, ...) -> (N, K) log p(x, y = k)."""
+        out = self(self._without_nan(x))
+        return out.class_log_prob + out.logdet[:, None]
+
+    def class_probs(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (N, ...) -> (N, K) p(y = k | x): the Jacobian cancels in it."""
+        return self(self._without_nan(x)).class_log_prob.softmax(1)
+
+    @staticmethod
+    def _without_nan(x):
+        # Only where looking costs nothing: a GPU would have to be waited for.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.isnan().any()):
+            raise ValueError("x has values that are NaN")
+        return x
+
+    def _checked_label(self, y, n, device):
+        classes = len(self.log_class_prior())
+        y = torch.as_tensor(y, device=device)
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(f"y must be integers, not {y.dtype}")
+        if y.shape not in ((), (n,)):
+            raise ValueError(f"y must have shape ({n},) or be one integer, not shape {tuple(y.shape)}")
+        y = y.expand(n).long()
+        if device.type == "cpu" and n and not -1 <= int(y.min()) <= int(y.max()) < classes:
+            raise ValueError(f"y must lie in 0..{classes - 1}, or be -1 for no label, but holds {_outside(y, classes)}")
+        return y
+
+
+class GaussianMixture(nn.Module):
+    """z: (N, D) -> (N, K) log pi_k + log N(z; mu_k, sigma_k^2 I): one component a class (Izmailov et al. 2020, eq. 3).
+
+    means: (K, D).   rho: (K,), sigma_k = softplus(rho_k), by default sigma = 1.   mixture_logits: (K,), pi their
+    softmax, by default uniform. trainable: what receives gradients, any of "means", "rho", "mixture_logits", or all
+    (True) or none (False).
+    """
+
+    def __init__(self, means, rho=None, mixture_logits=None, trainable: bool | tuple[str, ...] = False):
+        super().__init__()
+        means = torch.as_tensor(means)
+        if means.ndim != 2 or not means.is_floating_point() or 0 in means.shape:
+            raise ValueError(f"means must be floats of shape (K, D), not {means.dtype} of shape {tuple(means.shape)}")
+        classes = len(means)
+        if rho is None:
+            rho = means.new_full((classes,), math.log(math.e - 1))  # softplus(rho) = 1
+        if mixture_logits is None:
+            mixture_logits = means.new_ones(classes)
+        for name, value in (("means", means), ("rho", rho), ("mixture_logits", mixture_logits)):
+            value = torch.as_tensor(value).to(means)
+            if name != "means" and value.shape != (classes,):
+                raise ValueError(f"{name} must have shape ({classes},), one a class, not {tuple(value.shape)}")
+            wanted = trainable if isinstance(trainable, bool) else name in trainable
+            self.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=wanted))
+
+    @property
+    def classes(self) -> int:
+        return len(self.means)
+
+    @property
+    def features(self) -> int:
+        return self.means.shape[1]
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return ops.gmm_log_prob(z, self.means, self.rho, self.mixture_logits)
+
+    @torch.no_grad()
+    def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
+        return sample_mixture(self.means, self.rho, self.mixture_logits, n, y, generator)
+
+    def extra_repr(self):
+        return f"classes={self.classes}, features={self.features}"
+
+
+class FlowClassifier(FlowDensity):
+    """x: (N, ...) -> FlowOutput: FlowGMM, any flow with a Gaussian-mixture prior (Izmailov et al. 2020, eq. 3-5).
+
+    flow: a module x -> z (N, D), logdet (N,), with `inverse`.   prior: the mixture over z.
+    Raises ValueError where flow and prior are not of the same dimension, if the flow knows its own (`features`).
+    """
+
+    def __init__(self, flow: nn.Module, prior: GaussianMixture):
+        super().__init__()
+        if getattr(flow, "features", prior.features) != prior.features:
+            raise ValueError(f"the flow has {flow.features} dimensions, the means of the prior have {prior.features}")
+        self.flow, self.prior = flow, prior
+
+    def forward(self, x: torch.Tensor) -> FlowOutput:
+        fused = getattr(self.flow, "head_with", None)
+        if fused and (result := fused(self.prior, x)):
+            return FlowOutput(*result)
+        z, logdet = self.flow(x)
+        class_log_prob = self.prior(z)
+        return FlowOutput(z, logdet, class_log_prob, class_log_prob.logsumexp(1) + logdet)
+
+    def inverse(self, z: torch.Tensor) -> torch.Tensor:
+        """z: (N, D) -> x (N, ...)."""
+        return self.flow.inverse(z)
+
+    @torch.no_grad()
+    def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n samples (n, ...), of class y (an int, or one a row (n,)) or of the mixture."""
+        return self.inverse(self.prior.sample(n, y, generator))
+
+    def log_class_prior(self) -> torch.Tensor:
+        """(K,) log pi."""
+        return self.prior.mixture_logits.log_softmax(0)
+
+    def prior_parameters(self) -> list[nn.Parameter]:
+        """The mixture's means (K, D), rho (K,) and logits (K,)."""
+        return [self.prior.means, self.prior.rho, self.prior.mixture_logits]
+
+
+def sample_mixture(means, rho, mixture_logits, n, label=None, generator=None):
+    """means: (K, D), rho, mixture_logits: (K,) -> (n, D) points of class `label` (int or (n,)), or of the mixture."""
+    device = means.device
+    if label is None:
+        label = torch.multinomial(mixture_logits.softmax(0), n, replacement=True, generator=generator)
+    label = torch.as_tensor(label, device=device).expand(n)
+    if n and not 0 <= int(label.min()) <= int(label.max()) < len(means):
+        raise ValueError(f"label must lie in 0..{len(means) - 1}")
+    noise = torch.randn(n, means.shape[1], generator=generator, device=device, dtype=means.dtype)
+    return means[label] + F.softplus(rho)[label, None] * noise
+
+
+def _outside(y, classes):
+    return int(y[(y < -1) | (y >= classes)][0])
