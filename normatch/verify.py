@@ -69,7 +69,7 @@ def verify_resume(config: Config, kills: int = 20) -> dict:
         _finish(start(killed))
 
     a, b = (load_checkpoint(Path(run.out) / "checkpoints" / "last.pt") for run in (whole, killed))
-    different = [part for part in COMPARED if not same(a[part], b[part])]
+    different = [part for part in COMPARED if not same(a.get(part), b.get(part))]
     chosen = [load_checkpoint(Path(run.out) / "checkpoints" / "best.pt") for run in (whole, killed)]
     different += [] if same(*(state["ema"] for state in chosen)) else ["best"]
     unfinished = [path.name for path in Path(killed.out).rglob("*.new")]

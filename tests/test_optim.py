@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from normatch.classifier import update_flows
 from normatch.flows import FlowHead
 from normatch.optim import EMA, cosine_7_16, decay_groups
-from normatch.trainer import update_flows
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-12), (torch.float32, 4 * 3e-7)])

@@ -5,9 +5,9 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normatch.classifier import ClassifierState
 from normatch.config import make_config
-from normatch.data import load_dataset
-from normatch.trainer import Meter, TrainingState
+from normatch.state import Meter
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
 
@@ -24,17 +24,17 @@ class NoReadBack(TorchDispatchMode):
 def prepared(**keys):
     torch.manual_seed(0)
     config = make_config(backbone="wrn-10-1", batch_size=4, uratio=2, device="cpu", **keys)
-    state = TrainingState(config, load_dataset("digits"), None, torch.device("cpu"))
+    state = ClassifierState(config, torch.device("cpu"))
     state.objective.train()
     n = 4 if keys.get("method") == "supervised" else 4 + 2 * 8
     x = torch.randn(n, 3, 32, 32).to(memory_format=torch.channels_last)
-    y, u_y = torch.arange(4), torch.arange(n - 4)[: (n - 4) // 2] % 10
-    return state, x, y, u_y
+    batch = {"images": x, "y": torch.arange(4), "u_y": torch.arange(n - 4)[: (n - 4) // 2] % 10}
+    return state, batch
 
 
-def step(state, forward, x, y, u_y):
+def step(state, forward, batch):
     state.begin_step()
-    loss, metrics = forward(x, y, u_y, torch.tensor(state.step))
+    loss, metrics = forward(batch, torch.tensor(state.step))
     loss.backward()
     state.update()
     state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
@@ -54,10 +54,10 @@ def step(state, forward, x, y, u_y):
 )
 def test_no_read_back(keys, monkeypatch):
     monkeypatch.setattr("normatch.ops._check_no_nan", lambda *arguments: None)  # on the CPU it looks, on a GPU not
-    state, x, y, u_y = prepared(**keys)
-    step(state, state.objective, x, y, u_y)  # the optimisers make their state in the first step
+    state, batch = prepared(**keys)
+    step(state, state.objective, batch)  # the optimisers make their state in the first step
     with NoReadBack():
-        step(state, state.objective, x, y, u_y)
+        step(state, state.objective, batch)
     assert state.step == 2 and state.meter.read()["loss"] > 0
 
 
@@ -69,11 +69,11 @@ def test_the_guard_finds_a_read_back():
 @pytest.mark.parametrize("method", ["normatch", "fixmatch"])
 def test_the_step_is_one_graph_and_is_compiled_once(method):
     torch._dynamo.reset()
-    state, x, y, u_y = prepared(method=method)
+    state, batch = prepared(method=method)
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(state.objective, fullgraph=True, backend=counted)
     for _ in range(4):
-        step(state, compiled, x, y, u_y)
+        step(state, compiled, batch)
     assert counted.frame_count == 1
 
 

@@ -1,0 +1,127 @@
+"""What a run trains: the state that steps change and checkpoints hold, whatever the method."""
+
+from pathlib import Path
+
+import torch
+
+from . import __version__, distributed
+from .config import Config
+from .errors import UserError
+from .loader import Batches
+
+
+class TrainingState:
+    """All that changes during a run. A subclass is a family of methods; its constructor takes (config, device) and sets
+
+        dataset, split   what is trained on: `dataset.name`, `dataset.classes`, `split.validation`, `split.sha256`
+        objective        nn.Module: batch (a dict of tensors), step (a tensor) -> loss, metrics; all that is trained
+        optimizers       name in the checkpoint -> optimiser
+        ema              `EMA` of the objective, or what has its `module` and `update`: the weights that are evaluated
+        images_per_step  how many images (rows, points) a step works on
+
+    and all that the user can mend raises `UserError` there, before the run folder is touched.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.meter = Meter()  # of the steps since the last log point
+        self.step = 0  # optimiser steps done
+        self.best = None  # {"accuracy", "step"} of the best evaluation
+        self.seconds = 0.0  # of training so far, evaluations included
+
+    # ---- What a subclass defines.
+
+    def batches(self, start: int) -> Batches:
+        """The batches of steps `start`, `start` + 1, ...: each a function of its step's number alone."""
+        raise NotImplementedError
+
+    def begin_step(self) -> float:
+        """Put this step's learning rates into the optimisers; returns the one to report."""
+        raise NotImplementedError
+
+    def update(self):
+        """One step of the optimisers and of the average, from the gradients that are there; counts the step."""
+        raise NotImplementedError
+
+    def evaluate(self, last: bool) -> dict:
+        """Scores of the averaged weights, percent: `val_accuracy`, or without validation images `test_accuracy`.
+
+        At the end of a run (`last`) `test_accuracy` in any case.
+        """
+        raise NotImplementedError
+
+    # ---- What they share.
+
+    def finite(self) -> bool:
+        """Whether all weights are numbers. Waits for the device."""
+        return all(bool(p.isfinite().all()) for p in self.objective.parameters())
+
+    def content(self) -> dict:
+        """The checkpoint: tensors and plain values, so that it loads with weights_only=True."""
+        return {
+            "normatch": __version__,
+            "config": self.config.model_dump(),
+            "classes": list(self.dataset.classes),
+            "split": self.split.sha256,
+            "held_out": len(self.split.validation),
+            "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "meter": self.meter.total,
+            "model": self.objective.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            # Batches are functions of the step; these generators draw dropout, the sampled voter and the like.
+            "rng": distributed.gather(torch.get_rng_state()),
+            "rng_cuda": distributed.gather(self._cuda_rng()),
+        }
+
+    def load(self, content: dict):
+        """Go on from a checkpoint. Raises `UserError` where it does not belong to this run."""
+        if content["split"] != self.split.sha256:
+            raise UserError("the checkpoint was trained on other labelled images than this data set and seed give")
+        if content["step"] >= self.config.steps:
+            raise UserError(
+                f"this run has finished: its checkpoint is of step {content['step']} of {self.config.steps}"
+            )
+        self.objective.load_state_dict(content["model"])
+        self.ema.module.load_state_dict(content["ema"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(content[name])
+        self.step, self.best, self.seconds = content["step"], content["best"], content["seconds"]
+        self.meter.total = None if content["meter"] is None else content["meter"].to(self.device)
+        rank = distributed.rank()
+        if len(content["rng"]) != distributed.ranks():  # of another number of processes: new streams from here on
+            torch.manual_seed(hash((self.config.seed, self.step, rank)))
+            return
+        torch.set_rng_state(content["rng"][rank])
+        if self.device.type == "cuda" and content["rng_cuda"][rank] is not None:
+            torch.cuda.set_rng_state(content["rng_cuda"][rank], self.device)
+
+    def load_chosen(self, path: Path):
+        """Put the averaged weights of a checkpoint in the place of these, for a last evaluation."""
+        content = torch.load(path, map_location=self.device, weights_only=True)
+        self.ema.module.load_state_dict(content["ema"])
+
+    def _cuda_rng(self) -> torch.Tensor | None:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+
+
+class Meter:
+    """Adds up the metrics of each step on the device, and reads them back at log points only."""
+
+    def __init__(self):
+        self.total = None
+
+    def add(self, metrics: dict[str, torch.Tensor]):
+        """metrics: name -> (2,), a sum and the number of its terms."""
+        self.names = list(metrics)
+        stacked = torch.stack(list(metrics.values()))
+        self.total = stacked if self.total is None else self.total + stacked
+
+    def read(self) -> dict[str, float]:
+        """The averages since the last call; a metric that nothing was counted for is left out."""
+        totals = distributed.sum_(self.total).tolist()
+        values = {name: total / count for name, (total, count) in zip(self.names, totals, strict=True) if count}
+        self.total = None
+        return values
