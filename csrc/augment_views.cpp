@@ -7,20 +7,24 @@
 namespace normatch {
 namespace {
 
-constexpr int64_t kSlack = 64;  // around a picture: pixels are moved by four bytes, vectors read past both ends
+constexpr int64_t kSlack = 64;  // around a picture or a row: vectors read and write past both ends
 
 struct Scratch {
   explicit Scratch(const ViewPolicy& p)
       : memory(2 * (int64_t(p.height) * p.width * 3 + 2 * kSlack)),
         now(memory.data() + kSlack),
         next(now + memory.size() / 2),
-        columns(p.width),
+        row(3 * p.width + 2 * kSlack),
+        offsets(p.width + kSlack),
+        sums(3 * p.width + kSlack),
         map(3 * 256) {}
   void turn() { std::swap(now, next); }
 
   std::vector<uint8_t> memory;
   uint8_t *now, *next;  // the picture as it stands, and where the next operation puts it
-  std::vector<int> columns;
+  std::vector<uint8_t> row;
+  std::vector<int32_t> offsets;
+  std::vector<uint16_t> sums;
   std::vector<uint8_t> map;
 };
 
@@ -68,27 +72,80 @@ NM_HD V blend_levels(V from, V to, float factor) {
   return floored > 255.0f ? V{} + 255.0f : floored;
 }
 
-NM_HD void copy_pixel(uint8_t* out, const uint8_t* in) {
-  uint32_t four;
-  memcpy(&four, in, 4);
-  memcpy(out, &four, 4);
+// Constant rearrangements of a vector's bytes or 32-bit lanes: out[i] = v[m[i]].
+template <typename B>
+NM_HD B rearranged(B v, B m) {
+#ifdef __clang__
+  B out;
+  for (unsigned i = 0; i < sizeof(B) / sizeof(v[0]); ++i) out[i] = v[m[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, m);
+#endif
 }
 
-// The crop (mirrored or not) of `in` into `out`, which has room for one byte more.
-void crop(const ViewPolicy& p, const View& v, const uint8_t* in, Scratch& s, uint8_t* out) {
-  const int h = p.height, w = p.width;
-  const int64_t pitch = 3 * int64_t(w);
-  // The stretch of columns that needs no reflecting is one copy.
-  int first = 0, last = -1;
-  for (int x = 0; x < w; ++x) {
-    const int at = crop_source(v.col, x, w / 8, w, p.reflect);
-    s.columns[x] = at < 0 ? -1 : 3 * (v.flip ? w - 1 - at : at);
-    const int straight = v.col + x - w / 8;
-    if (straight >= 0 && straight < w) {
-      if (last < 0) first = x;
-      last = x;
-    }
+// L pixels as 32-bit numbers: red, then green << 8, blue << 16, and in the top byte whatever. A load reads, and a
+// store writes, L bytes too far. Groups of four pixels move between twelve and sixteen bytes: first as three or four
+// whole words, then within sixteen bytes, as instructions go.
+template <int L>
+struct Pixels {
+  using Int = typename VectorTypes<L>::Int;
+  typedef uint8_t Bytes __attribute__((vector_size(4 * L)));
+
+  static NM_HD Int load(const uint8_t* p) {
+    Int words;
+    memcpy(&words, p, sizeof(words));
+    words = rearranged(words, spread_words(std::make_integer_sequence<int, L>()));
+    return (Int)rearranged((Bytes)words, spread_bytes(std::make_integer_sequence<int, 4 * L>()));
   }
+  static NM_HD void store(uint8_t* p, Int pixels) {
+    const Bytes bytes = rearranged((Bytes)pixels, close_bytes(std::make_integer_sequence<int, 4 * L>()));
+    const Int words = rearranged((Int)bytes, close_words(std::make_integer_sequence<int, L>()));
+    memcpy(p, &words, sizeof(words));
+  }
+  static NM_HD Int luma(Int pixel) {
+    return ((pixel & 255) * 19595 + ((pixel >> 8) & 255) * 38470 + ((pixel >> 16) & 255) * 7471 + 0x8000) >> 16;
+  }
+
+ private:
+  template <int... I>
+  static NM_HD Int spread_words(std::integer_sequence<int, I...>) {
+    return Int{(I / 4 * 3 + I % 4)...};
+  }
+  template <int... I>
+  static NM_HD Bytes spread_bytes(std::integer_sequence<int, I...>) {
+    return Bytes{uint8_t(I / 16 * 16 + I % 16 / 4 * 3 + I % 4)...};
+  }
+  template <int... I>
+  static NM_HD Bytes close_bytes(std::integer_sequence<int, I...>) {
+    return Bytes{uint8_t(I / 16 * 16 + (I % 16 < 12 ? I % 16 / 3 * 4 + I % 16 % 3 : 3))...};
+  }
+  template <int... I>
+  static NM_HD Int close_words(std::integer_sequence<int, I...>) {
+    return Int{(I < 3 * L / 4 ? I / 3 * 4 + I % 3 : I)...};
+  }
+};
+
+// The width pixels that end before `end`, from the last to the first. Reads and writes up to 16 bytes too far.
+void mirror(const uint8_t* end, int width, uint8_t* out) {
+  vectorised<uint8_t>([&](auto) NM_INLINE {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    const Bytes mirrored = {13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0};
+    for (int x = 0; x < width; x += 5, end -= 15, out += 15) {
+      Bytes five;
+      memcpy(&five, end - 16, 16);
+      five = rearranged(five, mirrored);
+      memcpy(out, &five, 16);
+    }
+  });
+}
+
+// The crop (mirrored or not) of `in` into `out`. A mirrored crop is the mirror image of the crop from the other side.
+void crop(const ViewPolicy& p, const View& v, const uint8_t* in, Scratch& s, uint8_t* out) {
+  const int h = p.height, w = p.width, pad = w / 8;
+  const int64_t pitch = 3 * int64_t(w);
+  const int col = v.flip ? 2 * pad - v.col : v.col;
+  const int first = std::max(0, pad - col), last = std::min(w, w + pad - col);  // what needs no reflecting is one copy
   for (int y = 0; y < h; ++y, out += pitch) {
     const int at = crop_source(v.row, y, h / 8, h, p.reflect);
     if (at < 0) {
@@ -96,40 +153,28 @@ void crop(const ViewPolicy& p, const View& v, const uint8_t* in, Scratch& s, uin
       continue;
     }
     const uint8_t* row = in + at * pitch;
-    const bool whole = !v.flip;
+    uint8_t* to = v.flip ? s.row.data() + kSlack : out;
     const auto pixels = [&](int begin, int end) {
       for (int x = begin; x < end; ++x) {
-        const int column = s.columns[x];
-        uint8_t* to = out + 3 * x;
+        const int column = crop_source(col, x, pad, w, p.reflect);
         if (column < 0) {
-          to[0] = to[1] = to[2] = 0;
+          memset(to + 3 * x, 0, 3);
         } else {
-          memcpy(to, row + column, 3);
+          memcpy(to + 3 * x, row + 3 * column, 3);
         }
       }
     };
-    if (whole) {
-      pixels(0, first);
-      memcpy(out + 3 * first, row + s.columns[first], 3 * (last + 1 - first));
-      pixels(last + 1, w);
-    } else if (at + 1 < h) {  // reads one byte of the next row
-      for (int x = 0; x < w; ++x) {
-        const int column = s.columns[x];
-        if (column < 0) {
-          memset(out + 3 * x, 0, 4);
-        } else {
-          copy_pixel(out + 3 * x, row + column);
-        }
-      }
-    } else {
-      pixels(0, w);
-    }
+    pixels(0, first);
+    memcpy(to + 3 * first, row + 3 * (col + first - pad), 3 * (last - first));
+    pixels(last, w);
+    if (v.flip) mirror(to + pitch, w, out);
   }
 }
 
 // in has kSlack readable bytes behind it, out as many writable ones.
-void transform(const Affine& a, int h, int w, const uint8_t* in, uint8_t* out) {
-  const int64_t pitch = 3 * int64_t(w);
+void transform(const Affine& a, int h, int w, const uint8_t* in, Scratch& s, uint8_t* out) {
+  const int pitch = 3 * w;
+  int32_t* offsets = s.offsets.data();
   for (int y = 0; y < h; ++y, out += pitch) {
     const int x_row = a.a2 + y * a.a1, y_row = a.a5 + y * a.a4;
     const auto inside = [&](int x) {
@@ -143,50 +188,81 @@ void transform(const Affine& a, int h, int w, const uint8_t* in, uint8_t* out) {
       if (end > begin)
         memcpy(out + 3 * begin, in + (y_row >> 16) * pitch + 3 * ((x_row >> 16) + begin), 3 * (end - begin));
     } else {
-      for (int x = begin; x < end; ++x)
-        copy_pixel(out + 3 * x, in + ((y_row + x * a.a3) >> 16) * pitch + 3 * int64_t((x_row + x * a.a0) >> 16));
+      vectorised<int32_t>([&](auto lanes) NM_INLINE {
+        using Int = typename VectorTypes<kLanes<typename decltype(lanes)::type>>::Int;
+        constexpr int kWidth = kLanes<typename decltype(lanes)::type>;
+        Int x;
+        for (int i = 0; i < kWidth; ++i) x[i] = i;
+        for (int i = begin; i < end; i += kWidth) {
+          const Int at = ((y_row + (x + i) * a.a3) >> 16) * pitch + ((x_row + (x + i) * a.a0) >> 16) * 3;
+          memcpy(offsets + i, &at, sizeof(at));
+        }
+      });
+      for (int x = begin; x < end; ++x) memcpy(out + 3 * x, in + offsets[x], 4);
     }
     memset(out + 3 * end, 0, 3 * (w - end));
   }
 }
 
-int64_t sum_of_luma(const uint8_t* image, int64_t pixels);
-
+// Every other pixel into counters of its own: neighbours are often equal, and an addition would wait for the last.
 void count_levels(const uint8_t* image, int64_t pixels, int counts[3][256]) {
+  int odd[3][256] = {};
   memset(counts, 0, 3 * 256 * sizeof(int));
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int c = 0; c < 3; ++c) ++counts[c][image[3 * i + c]];
+  int64_t i = 0;
+  for (; i + 2 <= pixels; i += 2, image += 6)
+    for (int c = 0; c < 3; ++c) {
+      ++counts[c][image[c]];
+      ++odd[c][image[3 + c]];
+    }
+  for (int c = 0; c < 3; ++c) {
+    if (i < pixels) ++counts[c][image[c]];
+    for (int v = 0; v < 256; ++v) counts[c][v] += odd[c][v];
+  }
 }
 
-// Level -> new level, for the operations that need nothing else than the channel's histogram or the mean.
-void level_map(int op, float value, const uint8_t* image, int64_t pixels, uint8_t* map) {
-  if (op == kAutoContrast || op == kEqualize) {
+void lowest_and_highest(const uint8_t* image, int64_t levels, int lo[3], int hi[3]) {
+  constexpr int kRun = 96;  // a multiple of three, in which a loop of bytes is a few vectors
+  uint8_t least[kRun], most[kRun];
+  for (int j = 0; j < kRun; ++j) least[j] = most[j] = image[j % 3];
+  int64_t i = 0;
+  for (; i + kRun <= levels; i += kRun)
+    for (int j = 0; j < kRun; ++j) {
+      const uint8_t v = image[i + j];
+      least[j] = v < least[j] ? v : least[j];
+      most[j] = v > most[j] ? v : most[j];
+    }
+  for (int j = 0; i + j < levels; ++j) {
+    const uint8_t v = image[i + j];
+    least[j] = v < least[j] ? v : least[j];
+    most[j] = v > most[j] ? v : most[j];
+  }
+  for (int c = 0; c < 3; ++c) {
+    lo[c] = least[c];
+    hi[c] = most[c];
+    for (int j = c; j < kRun; j += 3) {
+      lo[c] = std::min<int>(lo[c], least[j]);
+      hi[c] = std::max<int>(hi[c], most[j]);
+    }
+  }
+}
+
+// Level -> new level of each channel, for the operations that need its histogram. Only levels that occur are mapped.
+void level_map(int op, const uint8_t* image, int64_t pixels, uint8_t* map) {
+  if (op == kAutoContrast) {
+    int lo[3], hi[3];
+    lowest_and_highest(image, 3 * pixels, lo, hi);
+    for (int c = 0; c < 3; ++c)
+      for (int v = lo[c]; v <= hi[c]; ++v) map[256 * c + v] = autocontrasted(v, lo[c], hi[c]);
+  } else {
     int counts[3][256];
     count_levels(image, pixels, counts);
     for (int c = 0; c < 3; ++c) {
-      int lo = 0, hi = 255;
-      while (counts[c][lo] == 0) ++lo;
+      int hi = 255;
       while (counts[c][hi] == 0) --hi;
-      if (op == kAutoContrast) {
-        for (int v = 0; v < 256; ++v) map[256 * c + v] = autocontrasted(v, lo, hi);
-        continue;
-      }
-      const int step = hi > lo ? int((pixels - counts[c][hi]) / 255) : 0;
-      for (int v = 0, under = 0; v < 256; under += counts[c][v++]) map[256 * c + v] = equalized(v, under, step);
+      const int step = int((pixels - counts[c][hi]) / 255);  // 0 too where there is one level only
+      for (int v = 0, under = 0; v <= hi; under += counts[c][v++]) map[256 * c + v] = equalized(v, under, step);
     }
-    return;
   }
-  int gray = 0;
-  if (op == kContrast) {
-    gray = mean_gray(sum_of_luma(image, pixels), pixels);
-  }
-  for (int v = 0; v < 256; ++v) {
-    map[v] = op == kPosterize  ? posterized(v, value)
-             : op == kSolarize ? solarized(v, value)
-                               : blend(gray, v, value);  // Brightness: towards black
-  }
-  memcpy(map + 256, map, 256);
-  memcpy(map + 512, map, 256);
 }
 
 void map_levels(uint8_t* image, int64_t pixels, const uint8_t* map) {
@@ -197,40 +273,28 @@ void map_levels(uint8_t* image, int64_t pixels, const uint8_t* map) {
   }
 }
 
-// The luma of every level's pixel, where the levels of the three channels alternate: the level itself and its four
-// neighbours, weighted by where in the pixel it stands. All sums are below 2^24, hence exact in float32.
-template <typename V>
-struct Luma {
-  explicit NM_INLINE Luma(bool first_channel_only) {
-    for (int i = 0; i < 3 * kLanes<V>; ++i)
-      for (int tap = 0; tap < 5; ++tap) {
-        const int channel = i % 3 + tap - 2;  // of the level this tap reads
-        const bool counts = channel >= 0 && channel < 3 && !(first_channel_only && i % 3);
-        weight[tap][i] = !counts ? 0.0f : channel == 0 ? 19595.0f : channel == 1 ? 38470.0f : 7471.0f;
-      }
-  }
-  // j: position in a run of three vectors
-  NM_INLINE V at(const uint8_t* p, int j) const {
-    V sum = V{} + 32768.0f;
-    for (int tap = 0; tap < 5; ++tap) sum += load_levels<V>(p + tap - 2) * load<V>(weight[tap] + j);
-    return cut_fraction(sum * 0x1p-16f);
-  }
-  float weight[5][3 * kLanes<V>];
-};
+// Every level of `in`, and what its pixel is blended from, a grey: towards black, or away from the mean.
+void blend_with(int gray, const uint8_t* in, int64_t levels, float factor, uint8_t* out) {
+  vectorised<float>([&](auto lanes) NM_INLINE {
+    using V = typename decltype(lanes)::type;
+    const V back = V{} + float(gray);
+    int64_t i = 0;
+    for (; i + kLanes<V> <= levels; i += kLanes<V>)
+      store_levels<V>(out + i, blend_levels<V>(back, load_levels<V>(in + i), factor));
+    for (; i < levels; ++i) out[i] = blend(gray, in[i], factor);
+  });
+}
 
 int64_t sum_of_luma(const uint8_t* image, int64_t pixels) {
   int64_t total = 0;
   vectorised<float>([&](auto lanes) NM_INLINE {
-    using V = typename decltype(lanes)::type;
-    constexpr int64_t kRun = 3 * kLanes<V>;
-    const Luma<V> luma_of(true);
+    constexpr int kWidth = kLanes<typename decltype(lanes)::type>;
+    using P = Pixels<kWidth>;
+    typename P::Int sum{};  // at most 2,048^2 / 4 pixels of 255 a lane
     int64_t i = 0;
-    for (; i + kRun <= 3 * pixels; i += kRun) {
-      V sum{};
-      for (int j = 0; j < kRun; j += kLanes<V>) sum += luma_of.at(image + i + j, j);
-      total += int64_t(horizontal_sum(sum));
-    }
-    for (; i < 3 * pixels; i += 3) total += luma(image[i], image[i + 1], image[i + 2]);
+    for (; i + kWidth <= pixels; i += kWidth) sum += P::luma(P::load(image + 3 * i));
+    for (int lane = 0; lane < kWidth; ++lane) total += sum[lane];
+    for (; i < pixels; ++i) total += luma(image[3 * i], image[3 * i + 1], image[3 * i + 2]);
   });
   return total;
 }
@@ -238,66 +302,83 @@ int64_t sum_of_luma(const uint8_t* image, int64_t pixels) {
 void color(const uint8_t* in, int64_t pixels, float factor, uint8_t* out) {
   vectorised<float>([&](auto lanes) NM_INLINE {
     using V = typename decltype(lanes)::type;
-    constexpr int64_t kRun = 3 * kLanes<V>;
-    const Luma<V> luma_of(false);
-    int64_t i = 0;
-    for (; i + kRun <= 3 * pixels; i += kRun)
-      for (int j = 0; j < kRun; j += kLanes<V>)
-        store_levels<V>(out + i + j, blend_levels<V>(luma_of.at(in + i + j, j), load_levels<V>(in + i + j), factor));
-    for (; i < 3 * pixels; i += 3) {
-      const int gray = luma(in[i], in[i + 1], in[i + 2]);
-      for (int c = 0; c < 3; ++c) out[i + c] = blend(gray, in[i + c], factor);
+    using P = Pixels<kLanes<V>>;
+    using Int = typename P::Int;
+    // Whole vectors to the end: what is too much lies in the slack.
+    for (int64_t i = 0; i < pixels; i += kLanes<V>) {
+      const Int pixel = P::load(in + 3 * i);
+      const V gray = __builtin_convertvector(P::luma(pixel), V);
+      Int made{};
+      for (int c = 0; c < 3; ++c) {
+        const V level = __builtin_convertvector((pixel >> (8 * c)) & 255, V);
+        made |= __builtin_convertvector(blend_levels<V>(gray, level, factor), Int) << (8 * c);
+      }
+      P::store(out + 3 * i, made);
     }
   });
 }
 
-void sharpness(const uint8_t* in, int h, int w, float factor, uint8_t* out) {
-  const int64_t pitch = 3 * int64_t(w);
-  memcpy(out, in, h * pitch);
-  if (h < 3 || w < 3) return;  // all border, which is kept
+void sharpness(const uint8_t* in, int h, int w, float factor, Scratch& s, uint8_t* out) {
+  const int pitch = 3 * w;
+  memcpy(out, in, pitch);          // the border is kept
+  uint16_t* sums = s.sums.data();  // of three levels above each other
   vectorised<float>([&](auto lanes) NM_INLINE {
     using V = typename decltype(lanes)::type;
+    using Sums = Narrow<V>;
+    constexpr int kWidth = kLanes<V>;
     for (int y = 1; y < h - 1; ++y) {
-      const uint8_t* middle = in + y * pitch;
-      uint8_t* to = out + y * pitch;
-      int64_t i = 3;
-      for (; i + kLanes<V> <= pitch - 3; i += kLanes<V>) {
-        const auto level = load_narrow<V>(middle + i);
-        auto sum = level * uint16_t(4);
-        for (int64_t row = -pitch; row <= pitch; row += pitch)
-          for (int column = -3; column <= 3; column += 3) sum += load_narrow<V>(middle + i + row + column);
+      const uint8_t* middle = in + int64_t(y) * pitch;
+      uint8_t* to = out + int64_t(y) * pitch;
+      for (int i = 0; i < pitch; i += kWidth) {
+        const Sums sum =
+            load_narrow<V>(middle - pitch + i) + load_narrow<V>(middle + i) + load_narrow<V>(middle + pitch + i);
+        memcpy(sums + i, &sum, sizeof(sum));
+      }
+      for (int i = 3; i < pitch - 3; i += kWidth) {
+        const Sums level = load_narrow<V>(middle + i);
+        Sums left, here, right;
+        memcpy(&left, sums + i - 3, sizeof(left));
+        memcpy(&here, sums + i, sizeof(here));
+        memcpy(&right, sums + i + 3, sizeof(right));
         // smoothed() in float32: sums are below 4,096, and no other multiple of 1/26 is near a whole number
-        const V smooth = cut_fraction((2.0f * widened<V>(sum) + 13.0f) * (1.0f / 26.0f) + 0.01f);
+        const V sum = widened<V>(left + here + right + level * uint16_t(4));
+        const V smooth = cut_fraction((2.0f * sum + 13.0f) * (1.0f / 26.0f) + 0.01f);
         store_levels<V>(to + i, blend_levels<V>(smooth, widened<V>(level), factor));
       }
-      for (; i < pitch - 3; ++i) {
-        int sum = 4 * middle[i];
-        for (int64_t row = -pitch; row <= pitch; row += pitch)
-          for (int column = -3; column <= 3; column += 3) sum += middle[i + row + column];
-        to[i] = blend(smoothed(sum), middle[i], factor);
-      }
+      memcpy(to, middle, 3);
+      memcpy(to + pitch - 3, middle + pitch - 3, 3);
     }
   });
+  memcpy(out + int64_t(h - 1) * pitch, in + int64_t(h - 1) * pitch, pitch);  // last: vectors wrote too far
 }
 
 // Applies the operations and the cutout to s.now.
 void operate(const ViewPolicy& p, const View& v, Scratch& s) {
   const int h = p.height, w = p.width;
-  const int64_t pixels = int64_t(h) * w;
+  const int64_t pixels = int64_t(h) * w, levels = 3 * pixels;
   for (int i = 0; i < v.num_ops; ++i) {
     const int op = v.op[i];
+    const float value = v.value[i];
+    uint8_t* const now = s.now;
     if (is_geometric(op)) {
-      transform(affine_of(op, v.value[i], h, w), h, w, s.now, s.next);
+      transform(affine_of(op, value, h, w), h, w, now, s, s.next);
       s.turn();
     } else if (op == kSharpness) {
-      sharpness(s.now, h, w, v.value[i], s.next);
+      sharpness(now, h, w, value, s, s.next);
       s.turn();
     } else if (op == kColor) {
-      color(s.now, pixels, v.value[i], s.next);
+      color(now, pixels, value, s.next);
       s.turn();
+    } else if (op == kBrightness || op == kContrast) {
+      const int gray = op == kContrast ? mean_gray(sum_of_luma(now, pixels), pixels) : 0;
+      blend_with(gray, now, levels, value, now);
+    } else if (op == kPosterize) {
+      for (int64_t j = 0; j < levels; ++j) now[j] = posterized(now[j], value);
+    } else if (op == kSolarize) {
+      for (int64_t j = 0; j < levels; ++j) now[j] = solarized(now[j], value);
     } else {
-      level_map(op, v.value[i], s.now, pixels, s.map.data());
-      map_levels(s.now, pixels, s.map.data());
+      level_map(op, now, pixels, s.map.data());
+      map_levels(now, pixels, s.map.data());
     }
   }
   for (int y = v.box.y0; y <= v.box.y1; ++y)

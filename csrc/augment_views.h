@@ -247,7 +247,7 @@ NM_HD uint8_t posterized(int v, float bits) {
   return uint8_t(v & (256 - (1 << (8 - int(bits)))));
 }
 NM_HD uint8_t solarized(int v, float threshold) {
-  return uint8_t(float(v) < threshold ? v : 255 - v);
+  return uint8_t(v < int(ceilf(threshold)) ? v : 255 - v);
 }
 
 NM_HD uint8_t autocontrasted(int v, int lo, int hi) {
@@ -257,10 +257,11 @@ NM_HD uint8_t autocontrasted(int v, int lo, int hi) {
   return uint8_t(level < 0 ? 0.0 : level > 255 ? 255.0 : level);
 }
 
-// below: pixels under level v; step: pixels a level of the result holds; 0: leave the channel as it is.
+// below: pixels under level v; step: pixels a level of the result holds; 0: leave the channel as it is. Pillow's whole
+// quotient (step / 2 + below) / step, by way of the reciprocal: half a pixel more keeps it off the whole numbers.
 NM_HD uint8_t equalized(int v, int below, int step) {
   if (step == 0) return uint8_t(v);
-  const int level = (step / 2 + below) / step;
+  const int level = int(times(double(step / 2 + below) + 0.5, 1.0 / step));
   return uint8_t(level < 255 ? level : 255);
 }
 
