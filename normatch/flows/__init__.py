@@ -1,15 +1,24 @@
 """Normalizing flows: the head that classifies features, and the flows of images and tables."""
 
 from .density import FlowClassifier, FlowDensity, FlowOutput, GaussianMixture
+from .flow import Flow
 from .head import Coupling, FlowHead
-from .realnvp import RealNVPTabular
+from .layers import dequantize, initialize
+from .realnvp import Glow, GlowMNIST, RealNVP, RealNVPMNIST, RealNVPTabular
 
 __all__ = [
     "Coupling",
+    "Flow",
     "FlowClassifier",
     "FlowDensity",
     "FlowHead",
     "FlowOutput",
     "GaussianMixture",
+    "Glow",
+    "GlowMNIST",
+    "RealNVP",
+    "RealNVPMNIST",
     "RealNVPTabular",
+    "dequantize",
+    "initialize",
 ]

@@ -1,11 +1,20 @@
-"""RealNVP (Dinh, Sohl-Dickstein & Bengio 2017) as FlowGMM builds it, for tables and for images."""
+"""FlowGMM's flows (Izmailov et al. 2020): RealNVP (Dinh, Sohl-Dickstein & Bengio 2017) for tables and images, Glow."""
+
+import re
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import ops
+from ..errors import UserError
 from .density import GaussianMixture
+from .flow import Flow, load_weights
 from .head import Coupling
+from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, Squeeze
+
+# ---- Tables -------------------------------------------------------------------------------------------------------
 
 
 class RealNVPTabular(nn.Module):
@@ -66,9 +75,27 @@ class RealNVPTabular(nn.Module):
         )
 
     def load_published(self, state: dict):
-        """Take the weights of FlowGMM's tabular RealNVP: `body.J.st_net.*` and `body.J.rescale.*` of its state dict."""
+        """Take the weights of FlowGMM's tabular RealNVP: `body.J.st_net.*` and `body.J.rescale.*` of its state dict.
+
+        Raises `UserError` where it is of another architecture.
+        """
+        last = 3 + 2 * self.layers
         for j, coupling in enumerate(self.couplings):
+            shapes = {
+                "st_net.0.weight": (self.hidden, self.features),
+                f"st_net.{last}.weight": (2 * self.features, self.hidden),
+                "rescale.weight_g": (self.features,),
+            }
+            for name, shape in shapes.items():
+                found = state.get(f"body.{j}.{name}")
+                if found is None or found.shape != shape:
+                    has = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                    raise UserError(
+                        f"the state dict is not of this RealNVPTabular: body.{j}.{name} is {has}, not of shape {shape}"
+                    )
             coupling.load_published(state, f"body.{j}.")
+        if f"body.{len(self.couplings)}.rescale.weight_g" in state:
+            raise UserError(f"the state dict has more couplings than the {len(self.couplings)} of this RealNVPTabular")
 
     def extra_repr(self):
         return f"features={self.features}"
@@ -77,3 +104,233 @@ class RealNVPTabular(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"{name} must have shape (N, {self.features}), not {tuple(x.shape)}")
         return x
+
+
+# ---- Images -------------------------------------------------------------------------------------------------------
+
+
+class WeightNormConv2d(nn.Module):
+    """x: (N, in, H, W) -> (N, out, H, W): a convolution of weight g v / |v| a channel (Salimans & Kingma 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True):
+        super().__init__()
+        conv = nn.Conv2d(inputs, outputs, kernel, bias=bias)  # whose initial values these are
+        self.bias = conv.bias
+        self.weight_g = nn.Parameter(conv.weight.detach().flatten(1).norm(dim=1)[:, None, None, None])
+        self.weight_v = nn.Parameter(conv.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return F.conv2d(x, weight, self.bias, padding=weight.shape[-1] // 2)
+
+    def extra_repr(self):
+        outputs, inputs, kernel, _ = self.weight_v.shape
+        return f"{inputs}, {outputs}, {kernel}"
+
+
+class ResidualBlock(nn.Module):
+    """x: (N, C, H, W) -> the same: x + two normalised, weight-normalised 3 x 3 convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.in_norm = nn.BatchNorm2d(channels)
+        self.in_conv = WeightNormConv2d(channels, channels, 3, bias=False)
+        self.out_norm = nn.BatchNorm2d(channels)
+        self.out_conv = WeightNormConv2d(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.in_conv(self.in_norm(x).relu())
+        return x + self.out_conv(self.out_norm(h).relu())
+
+
+class ResidualNet(nn.Module):
+    """x: (N, C, H, W) -> (N, 2 C, H, W): RealNVP's scale-and-shift network, with a skip from every block to the end.
+
+    masked: half of the pixels are 0, so what is normalised is doubled.
+    """
+
+    def __init__(self, channels: int, width: int, blocks: int, masked: bool):
+        super().__init__()
+        self.masked = masked
+        self.in_norm = nn.BatchNorm2d(channels)
+        self.in_conv = WeightNormConv2d(2 * channels, width, 3)
+        self.in_skip = WeightNormConv2d(width, width, 1)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+        self.skips = nn.ModuleList(WeightNormConv2d(width, width, 1) for _ in range(blocks))
+        self.out_norm = nn.BatchNorm2d(width)
+        self.out_conv = WeightNormConv2d(width, 2 * channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.in_norm(x)
+        if self.masked:
+            h = 2 * h
+        h = self.in_conv(torch.cat((h, -h), 1).relu())
+        skips = self.in_skip(h)
+        for block, skip in zip(self.blocks, self.skips, strict=True):
+            h = block(h)
+            skips = skips + skip(h)
+        return self.out_conv(self.out_norm(skips).relu())
+
+
+class _ImageFlow(Flow):
+    """A flow of images whose couplings have `ResidualNet`s."""
+
+    def __init__(self, layers, shape, levels, reversible):
+        super().__init__([Logit(0.90), *layers], shape, levels, reversible=reversible)
+
+    def load_published(self, state: dict):
+        """Take the weights of FlowGMM's network from its state dict: `*.st_net.*` and `*.rescale.*`, in order.
+
+        The names are known for RealNVP and RealNVPMNIST, whose couplings are all that has weights. Raises `UserError`
+        where the state dict is of another architecture, and for a flow with other weights.
+        """
+        couplings = [layer for layer in self.layers if isinstance(layer, ImageCoupling)]
+        if any(isinstance(layer, (ActNorm, InvertibleConv)) for layer in self.layers):
+            raise UserError("the published names of ActNorms and 1 x 1 convolutions are not known")
+        prefixes = {name.rpartition("rescale.")[0] for name in state if name.endswith("rescale.weight_g")}
+        prefixes = sorted(prefixes, key=lambda prefix: [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", prefix)])
+        if len(prefixes) != len(couplings):
+            raise UserError(f"the state dict has {len(prefixes)} couplings, this flow {len(couplings)}")
+        for coupling, prefix in zip(couplings, prefixes, strict=True):
+            net = f"{prefix}st_net."
+            found = {
+                "net." + name.removeprefix(net).replace(".conv.", "."): value
+                for name, value in state.items()
+                if name.startswith(net)
+            }
+            # The weight-normalised gain g v / |v| of one entry is g sign(v).
+            gain = state[f"{prefix}rescale.weight_g"] * state[f"{prefix}rescale.weight_v"].sign()
+            load_weights(coupling, {**found, "gain": gain.flatten()}, prefix.removesuffix("."))
+
+
+def _steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=False) -> list[nn.Module]:
+    """One coupling for each of `changed`, each behind an ActNorm and a 1 x 1 convolution if wanted."""
+    layers = []
+    for part in changed:
+        if actnorm:
+            layers.append(ActNorm(channels, variance_floor=0.2))
+        if conv:
+            layers.append(InvertibleConv(channels, rotation=True))
+        masked = part in ("even", "odd")
+        net = ResidualNet(channels if masked else channels // 2, width, blocks, masked)
+        layers.append(ImageCoupling(net, channels, part))
+    return layers
+
+
+_CHECKERBOARD = ("even", "odd", "even")
+_HALVES = ("first", "second", "first")
+
+
+class RealNVP(_ImageFlow):
+    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's RealNVP for images of 32 x 32.
+
+    At every scale but the last three couplings on the checkerboard, a squeeze, three on halves of the channels with
+    twice the width, and half of the channels are finished; at the last scale four on the checkerboard.
+
+    shape: (C, H, W).   scales: their number.   width: of the networks at the first scale, doubled at each next one.
+    blocks: residual blocks of each network.   conv: an invertible 1 x 1 convolution before each coupling.   actnorm:
+    an ActNorm before that.   levels, reversible: see `Flow`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int] = (3, 32, 32),
+        scales: int = 2,
+        width: int = 64,
+        blocks: int = 8,
+        conv: bool = False,
+        actnorm: bool = False,
+        levels: int | None = 256,
+        reversible: bool = False,
+    ):
+        layers, channels = [], shape[0]
+        for _ in range(scales - 1):
+            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv, actnorm)
+            layers.append(Squeeze())
+            layers += _steps(4 * channels, 2 * width, blocks, _HALVES, conv, actnorm)
+            layers.append(FactorOut(2 * channels))
+            channels, width = 2 * channels, 2 * width
+        layers += _steps(channels, width, blocks, (*_CHECKERBOARD, "odd"), conv, actnorm)
+        super().__init__(layers, shape, levels, reversible)
+
+
+class RealNVPMNIST(_ImageFlow):
+    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's RealNVP for MNIST, 16 couplings of one width.
+
+    Arguments as of `RealNVP`; the sides must be divisible by 4.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int] = (1, 28, 28),
+        width: int = 64,
+        blocks: int = 4,
+        conv: bool = False,
+        actnorm: bool = False,
+        levels: int | None = 256,
+        reversible: bool = False,
+    ):
+        layers, channels = [], shape[0]
+        for _ in range(2):
+            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv, actnorm)
+            layers.append(Squeeze())
+            layers += _steps(4 * channels, width, blocks, _HALVES, conv, actnorm)
+            layers.append(FactorOut(2 * channels))
+            channels = 2 * channels
+        layers += _steps(channels, width, blocks, (*_CHECKERBOARD, "odd"), conv, actnorm)
+        super().__init__(layers, shape, levels, reversible)
+
+
+class Glow(_ImageFlow):
+    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow (after Kingma & Dhariwal 2018).
+
+    Steps of ActNorm, 1 x 1 convolution and a coupling of the first half of the channels (of an odd number the one in
+    the middle waits), three before and three after a squeeze, four and four at the last scale. Arguments as of
+    `RealNVP`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int] = (3, 32, 32),
+        scales: int = 2,
+        width: int = 64,
+        blocks: int = 8,
+        levels: int | None = 256,
+        reversible: bool = False,
+    ):
+        layers, channels = [], shape[0]
+        for scale in range(scales):
+            last = scale == scales - 1
+            changed = ("first",) * (4 if last else 3)
+            layers += _steps(channels, width, blocks, changed, conv=True, actnorm=True)
+            layers.append(Squeeze())
+            layers += _steps(4 * channels, 2 * width, blocks, changed, conv=True, actnorm=True)
+            if not last:
+                layers.append(FactorOut(2 * channels))
+            channels, width = 2 * channels, 2 * width
+        super().__init__(layers, shape, levels, reversible)
+
+
+class GlowMNIST(_ImageFlow):
+    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow for MNIST, 14 steps of one width.
+
+    Steps of ActNorm, 1 x 1 convolution and a coupling as in `RealNVPMNIST`. Arguments as there.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int] = (1, 28, 28),
+        width: int = 64,
+        blocks: int = 4,
+        levels: int | None = 256,
+        reversible: bool = False,
+    ):
+        layers, channels = [], shape[0]
+        for halves in (_HALVES, _HALVES[:2]):
+            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv=True, actnorm=True)
+            layers.append(Squeeze())
+            layers += _steps(4 * channels, width, blocks, halves, conv=True, actnorm=True)
+            layers.append(FactorOut(2 * channels))
+            channels = 2 * channels
+        layers += _steps(channels, width, blocks, _CHECKERBOARD, conv=True, actnorm=True)
+        super().__init__(layers, shape, levels, reversible)

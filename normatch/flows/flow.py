@@ -1,0 +1,166 @@
+"""A flow of images or vectors: layers in a row, and what to keep of them for the gradient."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .layers import FactorOut, Squeeze, dequantize, rebuild
+
+
+class Flow(nn.Module):
+    """x: (N, *shape) -> z (N, D), logdet (N,): the layers in order, D the product of `shape`.
+
+    Each layer maps x -> z, logdet and has an `inverse`. What a FactorOut finishes comes first in z, in the order in
+    which it was finished, and the output of the last layer last.
+
+    shape: of one sample.   levels: grey levels of images in [0, 1], which are then dequantised; None for data that are
+    continuous. log p(x) of a flow with levels is that of the dequantised values.   noise: whether dequantisation is
+    random ("train": in training mode, "always", "never": the middle of each level, of which the inverse gives back x
+    exactly). It is drawn from torch's generator.
+    reversible: keep no activations for the gradient but rebuild each layer's input from its output by its inverse
+    (Gomez et al. 2017), so that the memory does not grow with the number of layers; it costs each coupling's network
+    once more.
+
+    Raises ValueError for x or z of another shape.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        shape: Sequence[int],
+        levels: int | None = None,
+        noise: str = "train",
+        reversible: bool = False,
+    ):
+        super().__init__()
+        if noise not in ("train", "always", "never"):
+            raise ValueError(f"noise must be 'train', 'always' or 'never', not {noise!r}")
+        self.layers = nn.ModuleList(layers)
+        self.shape, self.levels, self.noise, self.reversible = tuple(shape), levels, noise, reversible
+        self.features = math.prod(shape)
+        self._pieces = []  # shapes of what is in z
+        shape = self.shape
+        for layer in layers:
+            if isinstance(layer, Squeeze):
+                shape = layer.output_shape(shape)
+            elif isinstance(layer, FactorOut):
+                self._pieces.append((layer.out, *shape[1:]))
+                shape = (shape[0] - layer.out, *shape[1:])
+        self._pieces.append(shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x must have shape (N, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
+        if self.levels:
+            x = dequantize(x, self.levels, noise=self.noise == "always" or (self.noise == "train" and self.training))
+        if self.reversible and torch.is_grad_enabled():
+            return _reversible(self, x)
+        return self._run(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """z: (N, D) -> x (N, *shape)."""
+        x, *pieces = self._split(z)
+        for layer in reversed(self.layers):
+            x = layer.inverse(x, pieces.pop(0)) if isinstance(layer, FactorOut) else layer.inverse(x)
+        return (x * self.levels - 0.5) / (self.levels - 1) if self.levels else x
+
+    def _run(self, x):
+        logdet, pieces = 0.0, []
+        for layer in self.layers:
+            if isinstance(layer, FactorOut):
+                x, piece = layer(x)
+                pieces.append(piece.flatten(1))
+            else:
+                x, term = layer(x)
+                logdet = logdet + term
+        return torch.cat([*pieces, x.flatten(1)], 1), logdet
+
+    def _split(self, z):
+        """z: (N, D) -> its pieces, as images, in the order in which the inverse needs them."""
+        if z.ndim != 2 or z.shape[1] != self.features:
+            raise ValueError(f"z must have shape (N, {self.features}), not {tuple(z.shape)}")
+        pieces = z.split([math.prod(shape) for shape in self._pieces], 1)
+        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self._pieces, strict=True)][::-1]
+
+    def extra_repr(self):
+        return f"shape={self.shape}, levels={self.levels}, reversible={self.reversible}"
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """`state` into `module`, whole. Raises `UserError` for the first tensor that is missing, unknown or misshapen.
+
+    Names of what has no weight here, published masks and flags, are to be left out of `state` beforehand.
+    """
+    own = module.state_dict()
+    for key in [*own, *state]:
+        if key not in state:
+            raise UserError(f"the state dict is of another architecture: {name}.{key} is missing")
+        if key not in own:
+            raise UserError(f"the state dict is of another architecture: there is no {name}.{key} here")
+        if own[key].shape != state[key].shape:
+            raise UserError(
+                f"the state dict is of another architecture: {name}.{key} has shape {tuple(state[key].shape)}, "
+                f"here {tuple(own[key].shape)}"
+            )
+    module.load_state_dict(state)
+
+
+# ---- Reversible gradient ------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def _reversible(flow, x):
+    parameters = [p for p in flow.layers.parameters() if p.requires_grad]
+    return _Reversible.apply(flow, parameters, x, *parameters)
+
+
+class _Reversible(torch.autograd.Function):
+    """The layers of a flow, of which only the output is kept."""
+
+    @staticmethod
+    def forward(ctx, flow, parameters, x, *_):
+        ctx.flow, ctx.parameters = flow, parameters
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        z, logdet = flow._run(x)
+        ctx.save_for_backward(z)
+        return z, logdet
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_logdet):
+        flow, (z,) = ctx.flow, ctx.saved_tensors
+        found = {}
+        x, *pieces = flow._split(z)
+        grad, *grad_pieces = flow._split(grad_z)
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(z.device.type, dtype, enabled), _statistics_kept(flow):
+            for layer in reversed(flow.layers):
+                if isinstance(layer, FactorOut):
+                    x, grad = layer.inverse(x, pieces.pop(0)), layer.inverse(grad, grad_pieces.pop(0))
+                    continue
+                x, leaves, again, logdet = rebuild(layer, x)
+                parameters = [p for p in layer.parameters() if p.requires_grad]
+                outputs, grads = [again], [grad]
+                if logdet.requires_grad:
+                    outputs, grads = [again, logdet], [grad, grad_logdet]
+                grads = torch.autograd.grad(outputs, [*leaves, *parameters], grads, allow_unused=True)
+                grad = sum(g for g in grads[: len(leaves)] if g is not None)
+                for parameter, g in zip(parameters, grads[len(leaves) :], strict=True):
+                    found[parameter] = g
+        return None, None, grad, *(found.get(p) for p in ctx.parameters)
+
+
+@contextmanager
+def _statistics_kept(flow: nn.Module) -> Iterator[None]:
+    """Within, BatchNorms in training mode normalise as ever, but leave their running statistics alone."""
+    norms = [m for m in flow.modules() if isinstance(m, nn.BatchNorm2d) and m.training and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
