@@ -32,8 +32,8 @@ class ClassifierState(TrainingState):
             config.seed,
             config.batch_size,
             uratio,
-            distributed.rank(),
-            distributed.ranks(),
+            rank=distributed.rank(),
+            ranks=distributed.ranks(),
         )
 
         image_size, classes = self.dataset.train_images.shape[1], len(self.dataset.classes)

@@ -24,10 +24,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    method: Literal["normatch", "fixmatch", "supervised"] = key("normatch", "what is trained")
+    method: Literal["normatch", "fixmatch", "supervised", "flowgmm"] = key("normatch", "what is trained")
     dataset: str = key(
         "digits",
-        "digits, cifar10, cifar100, svhn, svhn+extra, stl10, mnist, fashionmnist, miniimagenet; your own: folder, csv",
+        "images: digits, cifar10, cifar100, svhn, svhn+extra, stl10, mnist, fashionmnist, miniimagenet; your own: "
+        "folder, csv. Tables, for flows: moons, circles, 8gaussians, pinwheel, picture, digits-table, breast-cancer, "
+        "wine, iris, miniboone, hepmass, ag-news, yahoo; your own: table",
     )
     data_dir: str | None = key(None, "folder that holds the data set")
     download: bool = key(False, "let torchvision download the data set into data_dir")
@@ -67,12 +69,40 @@ class Config(BaseModel):
     third_voter: Literal["none", "flow", "sampled"] = key(
         "none", "normatch: also let a second flow, or a sampled linear classifier, vote"
     )
-    couplings: Positive = key(6, "normatch: couplings of the flow head")
-    hidden: Positive = key(32, "normatch: width of the couplings' networks")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.5, "normatch: dropout in the couplings' networks")
+    couplings: Positive = key(6, "couplings of the flow head, or of a tabular flow")
+    hidden: Positive = key(32, "width of the couplings' networks")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.5, "dropout in the couplings' networks")
     trainable_prior: bool = key(True, "normatch: train the means, widths and shares of the mixture")
     flow_lr: Weight = key(1e-3, "normatch: learning rate of AdamW on the flow")
-    clip: Weight = key(50.0, "normatch: largest gradient norm of the flow; 0: no clipping")
+    clip: Weight = key(50.0, "largest gradient norm of the flow; 0: no clipping")
+
+    flow: Literal["tabular"] = key("tabular", "flowgmm: the flow, of rows of numbers")
+    layers: NonNegative = key(1, "flowgmm: inner layers of the networks of a tabular flow")
+    zero_init: bool = key(False, "flowgmm: start from the identity, with last layers of zeros")
+    means: Literal[
+        "random", "circle", "diagonal", "simplex", "antipodal", "pixel_const", "split_dims", "split_dims_v2",
+        "from_data", "from_latent", "from_z", "random_data", "spread",
+    ] = key("random", "flowgmm: where the classes' Gaussians stand; docs/flowgmm.md explains each rule")  # fmt: skip
+    means_r: float = key(1.0, "flowgmm: scale of the means")
+    sigma: Annotated[float, Field(gt=0)] = key(1.0, "flowgmm: width of the Gaussians")
+    means_trainable: bool = key(False, "flowgmm: train the means")
+    weights_trainable: bool = key(False, "flowgmm: train the classes' shares")
+    covs_trainable: bool = key(False, "flowgmm: train the widths")
+    lr_gmm: Weight = key(1e-2, "flowgmm: learning rate of what is trained of the mixture")
+    labelled_loss: Literal["joint", "classes"] = key(
+        "joint", "flowgmm: -log p(x, y) of labelled samples, or -log p(y | x) with -log p(x)"
+    )
+    label_weight: Weight = key(1.0, "flowgmm: weight of the labelled loss")
+    consistency_weight: Weight = key(0.0, "flowgmm: weight of the consistency between two views")
+    consistency_rampup: NonNegative = key(0, "flowgmm: steps over which the consistency rises to its weight")
+    noise: Weight = key(0.0, "flowgmm: standard deviation of the noise on rows in training")
+    optimizer: Literal["adam", "adamw", "adamax", "sgd"] = key("adam", "flowgmm: optimiser, with learning rate lr")
+    schedule: Literal["constant", "steps", "cosine", "wilson", "linear"] = key(
+        "constant", "flowgmm: course of the learning rate; steps: a tenth at 50 % and again at 80 % of them"
+    )
+    swa_start: NonNegative | None = key(None, "flowgmm: step from which weights are averaged (SWA); none: by ema_decay")
+    swa_every: Positive = key(10, "flowgmm: steps between the weights that SWA averages")
+    swa_lr: Weight | None = key(None, "flowgmm: learning rate from swa_start on; none: that of the schedule")
 
     augment: str = key("kekmodel", "augmentation policy: kekmodel, leedoyup, fixmatch-paper, weak, or a YAML file")
     augment_backend: Literal["auto", "native", "dali", "pil"] = key("auto", "what computes the views")

@@ -23,10 +23,11 @@ from PIL import Image
 
 from .augment import MAX_SIDE, random_words
 from .errors import UserError
+from .tables import TABLES, Table, load_table
 
 DATASETS = (
     "digits", "cifar10", "cifar100", "svhn", "svhn+extra", "stl10", "mnist", "fashionmnist", "miniimagenet", "folder",
-    "csv",
+    "csv", *TABLES,
 )  # fmt: skip
 
 
@@ -57,8 +58,10 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     compat: str = "none",
-) -> Dataset:
-    """One of DATASETS. data_dir (default "data") holds the files in torchvision's layout, or one's own images.
+) -> "Dataset | Table":
+    """One of DATASETS; those of `normatch.tables` are a Table.
+
+    data_dir (default "data") holds the files in torchvision's layout, or one's own images.
 
     image_size: of one's own images, default as they are, or what suits most of them. compat="reference": STL-10 and
     Mini-ImageNet as the published code handles them. Raises UserError for what the user can mend.
@@ -74,6 +77,8 @@ def load_dataset(
         return _svhn(name, folder, download)
     if name == "stl10":
         return _stl10(folder, download, compat == "reference")
+    if name in TABLES:
+        return load_table(name, data_dir)
     if name in ("folder", "csv", "miniimagenet"):
         from . import folders  # reads files only where there are some to read
 

@@ -24,11 +24,56 @@ from . import ops
 from .augment import View, draw_parameters, find_policy, normalize, strong_views, weak_views
 from .data import LABELED, UNLABELED, Dataset, Split, sample_order
 from .errors import UserError
+from .tables import Table
 
 BACKENDS = ("auto", "native", "dali", "pil")
 
 
-class StepViews(torch.utils.data.Dataset):
+class StepDraws:
+    """Which B labelled and U = uratio * B unlabelled rows of `split` each step sees: a function of the step alone.
+
+    Of `ranks` processes that share a batch, number `rank` gets every ranks-th row of it, counted from rank.
+    Raises UserError where the batch is larger than what there is.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | Table,
+        split: Split,
+        seed: int,
+        batch_size: int,
+        uratio: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        if batch_size < 1 or uratio < 0:
+            raise UserError(f"batch_size {batch_size} must be at least 1, uratio {uratio} at least 0")
+        if batch_size % ranks:
+            raise UserError(f"batch_size {batch_size} is not divisible by the {ranks} processes that share it")
+        total, pool = len(dataset.train_labels), len(split.unlabeled)
+        rows = "images" if isinstance(dataset, Dataset) else "rows"
+        if batch_size > total:
+            raise UserError(f"batch_size {batch_size} is larger than {dataset.name} with its {total} training {rows}")
+        if uratio * batch_size > pool:
+            raise UserError(
+                f"uratio {uratio} x batch_size {batch_size} is {uratio * batch_size} {rows}, more than the "
+                f"pool of {pool} unlabelled ones: take a smaller batch_size or uratio"
+            )
+        self.dataset, self.split, self.seed = dataset, split, seed
+        self.batch_size, self.uratio = batch_size, uratio
+        self.rank, self.ranks = rank, ranks
+
+    def draw(self, stream: int, step: int):
+        """-> (n,), (n,) int64: a step's rows of the training set, and how often each was drawn before."""
+        pool = self.split.labeled if stream == LABELED else self.split.unlabeled
+        count = self.batch_size * (1 if stream == LABELED else self.uratio)
+        start = step * count
+        order = sample_order(len(pool), self.seed, stream, start, count)
+        mine = slice(self.rank, None, self.ranks)
+        return pool[order][mine], (np.arange(start, start + count) // len(pool))[mine]
+
+
+class StepViews(StepDraws, torch.utils.data.Dataset):
     """step -> the step's batch, B labelled and U = uratio * B unlabelled images, as a dict of CPU tensors:
 
         x         (B, H, W, 3) uint8   weak views of labelled images
@@ -38,37 +83,12 @@ class StepViews(torch.utils.data.Dataset):
         u_index   (U,) int64           where they are in the training set
         u_y       (U,) int64           their labels, -1 where unknown: for diagnostics only
 
-    With uratio = 0 (supervised) only x and y. A step's batch is the same in any process and after any resume. Of
-    `ranks` processes that share a batch, number `rank` gets every ranks-th image of it, counted from rank.
+    With uratio = 0 (supervised) only x and y. A step's batch is the same in any process and after any resume.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: Split,
-        policy: str,
-        seed: int,
-        batch_size: int,
-        uratio: int,
-        rank: int = 0,
-        ranks: int = 1,
-    ):
+    def __init__(self, dataset: Dataset, split: Split, policy: str, seed: int, batch_size: int, uratio: int, **ranks):
+        super().__init__(dataset, split, seed, batch_size, uratio, **ranks)
         self.policy = find_policy(policy)
-        if batch_size < 1 or uratio < 0:
-            raise UserError(f"batch_size {batch_size} must be at least 1, uratio {uratio} at least 0")
-        if batch_size % ranks:
-            raise UserError(f"batch_size {batch_size} is not divisible by the {ranks} processes that share it")
-        total, pool = len(dataset.train_images), len(split.unlabeled)
-        if batch_size > total:
-            raise UserError(f"batch_size {batch_size} is larger than {dataset.name} with its {total} training images")
-        if uratio * batch_size > pool:
-            raise UserError(
-                f"uratio {uratio} x batch_size {batch_size} is {uratio * batch_size} images, more than the "
-                f"pool of {pool} unlabelled ones: take a smaller batch_size or uratio"
-            )
-        self.dataset, self.split, self.seed = dataset, split, seed
-        self.batch_size, self.uratio = batch_size, uratio
-        self.rank, self.ranks = rank, ranks
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         labels = self.dataset.train_labels
@@ -80,15 +100,6 @@ class StepViews(torch.utils.data.Dataset):
             batch["u_strong"] = self._views(index, visit, View.UNLABELED_STRONG)
             batch["u_index"], batch["u_y"] = index, labels[index]
         return {key: torch.from_numpy(value) for key, value in batch.items()}
-
-    def draw(self, stream: int, step: int):
-        """-> (n,), (n,) int64: a step's images in the training set, and how often each was drawn before."""
-        pool = self.split.labeled if stream == LABELED else self.split.unlabeled
-        count = self.batch_size * (1 if stream == LABELED else self.uratio)
-        start = step * count
-        order = sample_order(len(pool), self.seed, stream, start, count)
-        mine = slice(self.rank, None, self.ranks)
-        return pool[order][mine], (np.arange(start, start + count) // len(pool))[mine]
 
     def draws(self, step: int):
         """-> (B + 2U, 4) int64: what `ops.augment_views` is to make of a step, in the order x, u_weak, u_strong."""
@@ -274,6 +285,25 @@ def _resident(views: StepViews, start: int, stop: int, device: torch.device, dty
             }
         step += count
         ahead = min(_AHEAD, 2 * ahead)
+
+
+def table_batches(draws: StepDraws, start: int, stop: int, device: torch.device | str = "cpu", dtype=torch.float32):
+    """The batches of steps start to stop - 1 of a Table, as `Batches` of (B + U, D) standardised rows for images."""
+    return Batches(_rows(draws, start, stop, torch.device(device), dtype), "none", "rows of a table have no views")
+
+
+def _rows(draws: StepDraws, start: int, stop: int, device: torch.device, dtype: torch.dtype):
+    table = draws.dataset
+    x = torch.from_numpy(table.standardized(table.train_x)).to(device, dtype)
+    labels = torch.from_numpy(table.train_labels).to(device)
+    b = draws.batch_size // draws.ranks
+    streams = (LABELED, UNLABELED) if draws.uratio else (LABELED,)
+    for first in range(start, stop, _AHEAD):
+        steps = range(first, min(first + _AHEAD, stop))
+        ahead = np.stack([np.concatenate([draws.draw(stream, step)[0] for stream in streams]) for step in steps])
+        for rows in torch.from_numpy(ahead).to(device):
+            y = labels[rows]
+            yield {"images": x[rows], "y": y[:b], "u_y": y[b:], "u_index": rows[b:]}
 
 
 def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dtype: torch.dtype, done, ahead: int = 3):

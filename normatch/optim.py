@@ -28,6 +28,43 @@ def cosine_7_16(step: int, total: int, warmup: float = 0) -> float:
     return max(0.0, math.cos(7 / 16 * math.pi * progress))
 
 
+# The learning rate's factor as a function of the share of the steps that are done.
+SCHEDULES = {
+    "constant": lambda p: 1.0,
+    "steps": lambda p: 1.0 if p < 0.5 else 0.1 if p < 0.8 else 0.01,  # FlowGMM's toys
+    "cosine": lambda p: max(0.5 * (1 + math.cos(math.pi * p)), 1e-3),  # FlowGMM's tables
+    "wilson": lambda p: 1.0 if p < 0.5 else max(0.01, 1 - 0.99 * (p - 0.5) / 0.4),  # FlowGMM's images
+    "linear": lambda p: 1 - p,  # SCNF
+}
+
+
+class SWA:
+    """Stochastic weight averaging (Izmailov et al. 2018) by `torch.optim.swa_utils`: the mean of every `every`-th step.
+
+    It begins at step `start`; up to there `module` is a copy. BatchNorm statistics are averaged like weights.
+    """
+
+    def __init__(self, module: nn.Module, start: int, every: int):
+        self.start, self.every, self.step = start, every, 0
+        self.averaged = torch.optim.swa_utils.AveragedModel(module, use_buffers=True).eval().requires_grad_(False)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.averaged.module
+
+    def update(self, module: nn.Module):
+        self.step += 1
+        if self.step <= self.start:
+            self.averaged.n_averaged.zero_()  # so that this is a copy
+        if self.step <= self.start or (self.step - self.start) % self.every == 0:
+            self.averaged.update_parameters(module)
+
+    def resume(self, step: int):
+        """Go on as after `step` updates; the averaged weights themselves are the caller's to load."""
+        self.step = step
+        self.averaged.n_averaged.fill_(max(0, (step - self.start) // self.every) if step > self.start else 1)
+
+
 class EMA:
     """A copy of `module` whose parameters follow it: e <- decay e + (1 - decay) p after every step.
 

@@ -18,6 +18,7 @@ from . import distributed, ops
 from .classifier import ClassifierState
 from .config import Config, make_config
 from .errors import Interrupted, UserError
+from .flow_training import FLOW_METHODS, FlowState
 from .plot import leave_figure
 from .run import Run, device_name
 from .state import TrainingState
@@ -179,6 +180,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
 
 def make_state(config: Config, device: torch.device, backbone: nn.Module | None = None) -> TrainingState:
     """The state that a run of this configuration starts from: what its family of methods trains."""
+    if config.method in FLOW_METHODS:
+        return FlowState(config, device)
     return ClassifierState(config, device, backbone)
 
 
@@ -288,7 +291,9 @@ class Progress:
             print(f"step {step}/{self.config.steps} ETA {eta} {text}", file=sys.stderr)
 
     def evaluation(self, step: int, scores: dict):
-        self.accuracy = " | " + " ".join(f"{name} {value:.2f}%" for name, value in scores.items())
+        self.accuracy = " | " + " ".join(
+            f"{name} {value:.2f}{'%' * ('accuracy' in name)}" for name, value in scores.items()
+        )
         if self.shown and not self.on_terminal:
             print(f"step {step}/{self.config.steps}{self.accuracy}", file=sys.stderr)
 

@@ -1,0 +1,214 @@
+"""Training of a flow with a prior over its latent space, on images, tables or points of the plane."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import distributed
+from .augment import normalize
+from .classifier import uses_bf16
+from .config import Config
+from .data import Dataset, Split, load_dataset, make_split
+from .errors import UserError
+from .flows import FlowClassifier, FlowDensity, GaussianMixture, RealNVPTabular
+from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, table_batches
+from .methods.flowgmm import FlowGMM, place_means
+from .optim import EMA, SCHEDULES, SWA
+from .state import TrainingState
+from .tables import Table
+
+FLOW_METHODS = {"flowgmm": FlowGMM}
+
+
+class FlowState(TrainingState):
+    """One optimiser with a rate for the flow and one for the mixture; the average follows both.
+
+    dataset, split: in place of those that the configuration names.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        dataset: Dataset | Table | None = None,
+        split: Split | None = None,
+    ):
+        super().__init__(config, device)
+        if dataset is None:
+            dataset = load_dataset(config.dataset, config.data_dir, config.download, config.image_size, config.compat)
+            split = make_split(dataset, config.num_labels, config.seed, config.num_val)
+        table = isinstance(dataset, Table)
+        if table != (config.flow == "tabular"):
+            kind = "a table, which needs --flow tabular" if table else "of images: --flow tabular is for tables"
+            raise UserError(f"{dataset.name} is {kind}")
+        if not table:  # the pixels of a density are in [0, 1]
+            dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
+            choose_backend(config.augment_backend, device)
+        self.dataset, self.split, self.table = dataset, split, table
+        uratio = config.uratio if config.lambda_u or config.consistency_weight else 0
+        self.images_per_step = config.batch_size * (1 + uratio * (1 if table else 2))
+        batch = {"seed": config.seed, "batch_size": config.batch_size, "uratio": uratio}
+        batch |= {"rank": distributed.rank(), "ranks": distributed.ranks()}
+        self.draws = StepDraws(dataset, split, **batch) if table else StepViews(dataset, split, config.augment, **batch)
+
+        self.channels = None if table else channels(dataset)
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        model = make_flow(config, dataset, self.channels)
+        x, y = self._labelled()
+        means = place_means(config.means, config.means_r, len(dataset.classes), model, x, y, x.shape[1:])
+        prior = make_prior(config, means)
+        self.objective = FLOW_METHODS[config.method](FlowClassifier(model, prior), config).to(device, dtype)
+        self.bf16 = uses_bf16(config.precision, device) and not table
+        self.groups = parameter_groups(self.objective.model, config)
+        self.optimizers = {"optimizer": OPTIMIZERS[config.optimizer](self.groups)}
+        if config.swa_start is None:
+            self.ema = EMA(self.objective, config.ema_decay)
+        else:
+            self.ema = SWA(self.objective, config.swa_start, config.swa_every)
+        self._tests = {}  # on the device, once
+
+    def batches(self, start: int) -> Batches:
+        config = self.config
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        if self.table:
+            return table_batches(self.draws, start, config.steps, self.device, dtype)
+        batches = make_batches(
+            self.draws, start, config.steps, config.augment_backend, self.device, torch.float32, config.num_workers
+        )
+        if self.channels == 3 and dtype == torch.float32:
+            return batches
+        prepared = ({**b, "images": b["images"][:, : self.channels].to(dtype)} for b in batches)
+        return Batches(prepared, batches.backend, batches.reason, batches.close)
+
+    def begin_step(self) -> float:
+        config = self.config
+        factor = SCHEDULES[config.schedule](self.step / config.steps)
+        if config.swa_start is not None and config.swa_lr is not None and self.step >= config.swa_start:
+            factor = config.swa_lr / config.lr if config.lr else 0.0
+        for group in self.optimizers["optimizer"].param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return config.lr * factor
+
+    def update(self):
+        if self.config.clip:
+            for group in self.groups:  # each by itself, as published
+                nn.utils.clip_grad_norm_(group["params"], self.config.clip)
+        optimizer = self.optimizers["optimizer"]
+        optimizer.step()
+        optimizer.zero_grad()
+        self.ema.update(self.objective)
+        self.step += 1
+
+    def evaluate(self, last: bool) -> dict:
+        """Accuracy in percent, and the mean log p(x) in nats, of the averaged weights."""
+        held_out, scores = self.split.validation, {}
+        parts = (["val"] if len(held_out) else []) + (["test"] if last or not len(held_out) else [])
+        for part in parts:
+            counts = count(self.ema.module.model, *self._samples(part))
+            scores |= {f"{part}_{name}": value for name, value in counts.items()}
+        return scores
+
+    def load(self, content: dict):
+        super().load(content)
+        if isinstance(self.ema, SWA):
+            self.ema.resume(self.step)
+
+    def content(self) -> dict:
+        facts = {"mean": torch.from_numpy(self.dataset.mean), "std": torch.from_numpy(self.dataset.std)}
+        if not self.table:
+            facts = {"mean": list(self.dataset.mean), "std": list(self.dataset.std)}
+            facts["image_size"] = self.dataset.train_images.shape[1]
+        return {**super().content(), "backbone": "flow", "channels": self.channels, **facts}
+
+    def _labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The labelled training samples, as the flow sees them."""
+        rows = self.split.labeled
+        y = torch.from_numpy(self.dataset.train_labels[rows])
+        missing = np.setdiff1d(np.arange(len(self.dataset.classes)), y.numpy())
+        if len(missing):
+            raise UserError(f"class {self.dataset.classes[missing[0]]!r} has no labelled row")
+        return self._input(rows, "train", torch.device("cpu")), y
+
+    def _input(self, rows, part: str, device) -> torch.Tensor:
+        if self.table:
+            x = self.dataset.standardized(getattr(self.dataset, f"{part}_x")[rows])
+            return torch.from_numpy(x).to(device)
+        images = torch.from_numpy(getattr(self.dataset, f"{part}_images")[rows]).to(device)
+        return normalize(images, self.dataset.mean, self.dataset.std)[:, : self.channels]
+
+    def _samples(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The samples to be judged by and their labels, of this process's share, on the device."""
+        if part not in self._tests:
+            own = slice(distributed.rank(), None, distributed.ranks())
+            rows = self.split.validation if part == "val" else np.arange(len(self.dataset.test_labels))
+            of = "train" if part == "val" else "test"
+            labels = torch.from_numpy(getattr(self.dataset, f"{of}_labels")[rows[own]])
+            x = self._input(rows[own], of, self.device)
+            self._tests[part] = x.to(self.objective.model.prior.means.dtype), labels.to(self.device)
+        return self._tests[part]
+
+
+@torch.inference_mode()
+def count(model: FlowDensity, x: torch.Tensor, labels: torch.Tensor, rows: int = 1000) -> dict[str, float]:
+    """x: (n, ...), labels: (n,), of every process its own -> accuracy, %; log_prob, mean log p(x), nats.
+
+    model: in evaluation mode. Read back once.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=x.device)
+    for part, y in zip(x.split(rows), labels.split(rows), strict=True):
+        out = model(part)
+        right = (out.class_log_prob.argmax(1) == y).sum()
+        totals += torch.stack((right, out.log_prob.double().sum(), torch.full_like(totals[0], len(y))))
+    right, log_prob, n = distributed.sum_(totals).tolist()
+    return {"accuracy": 100 * right / n, "log_prob": log_prob / n}
+
+
+def make_flow(config: Config, dataset: Dataset | Table, channels: int | None) -> nn.Module:
+    """The flow that `config.flow` names, for samples of this data set."""
+    return RealNVPTabular(
+        dataset.train_x.shape[1], config.couplings, config.hidden, config.layers, config.dropout, config.zero_init
+    )
+
+
+def make_prior(config: Config, means: torch.Tensor) -> GaussianMixture:
+    """means: (K, D) -> the mixture, with what `config` says is trained of it."""
+    trained = {"means": "means", "rho": "covs", "mixture_logits": "weights"}
+    rho = torch.full((len(means),), config.sigma + math.log(-math.expm1(-config.sigma)))  # softplus(rho) = sigma
+    trainable = tuple(name for name, ours in trained.items() if getattr(config, f"{ours}_trainable"))
+    return GaussianMixture(means, rho, trainable=trainable)
+
+
+def parameter_groups(model: FlowClassifier, config: Config) -> list[dict]:
+    """The flow's parameters and the mixture's, with their rates and decays.
+
+    Of an image flow only the gains of weight-normalised layers decay, of the mixture nothing, as published.
+    """
+    prior = [p for p in model.prior.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.flow.named_parameters() if p.requires_grad]
+    decays = [p for name, p in named if config.flow == "tabular" or name.endswith(GAINS)]
+    rest = [p for name, p in named if not (config.flow == "tabular" or name.endswith(GAINS))]
+    groups = [
+        {"params": decays, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": rest, "lr": config.lr, "weight_decay": 0.0},
+        {"params": prior, "lr": config.lr_gmm, "weight_decay": 0.0},
+    ]
+    return [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
+
+
+GAINS = ("weight_g", "original0", "gain")
+
+OPTIMIZERS = {
+    "adam": lambda groups: torch.optim.Adam(groups, fused=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, fused=True),
+    "adamax": torch.optim.Adamax,  # has no fused form
+    "sgd": lambda groups: torch.optim.SGD(groups, fused=True),
+}
+
+
+def channels(dataset: Dataset) -> int:
+    """1 for grey images, whose three channels are the same, else 3."""
+    some = dataset.train_images[:100]
+    return 1 if (some == some[..., :1]).all() else 3
