@@ -17,7 +17,6 @@ repeat to the bit; the images are then made by Pillow, which the other backends 
 """
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 
 class View(IntEnum):
@@ -153,9 +152,8 @@ def find_policy(name: str) -> Policy:
     if name in POLICIES:
         return POLICIES[name]
     if not str(name).endswith((".yaml", ".yml")):
-        near = get_close_matches(str(name), POLICIES, n=1, cutoff=0)[0]
         raise UserError(
-            f"unknown policy '{name}': did you mean '{near}'? There are {', '.join(POLICIES)}, or a YAML file"
+            f"unknown policy {name!r}{nearest(name, POLICIES)}; policies: {', '.join(POLICIES)}, or a YAML file"
         )
     import yaml  # only files need it
 
@@ -169,7 +167,8 @@ def find_policy(name: str) -> Policy:
     known = Policy.__dataclass_fields__
     if base not in POLICIES or not fields.keys() <= known.keys():
         wrong = base if base not in POLICIES else next(f for f in fields if f not in known)
-        raise UserError(f"policy {name}: there is no '{wrong}'; fields are base, {', '.join(known)}")
+        near = nearest(wrong, POLICIES if base not in POLICIES else known)
+        raise UserError(f"policy {name}: there is no '{wrong}'{near}; fields are base, {', '.join(known)}")
     try:
         for field, value in fields.items():
             if isinstance(value, list):

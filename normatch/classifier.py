@@ -24,7 +24,7 @@ class ClassifierState(TrainingState):
         uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
         self.images_per_step = config.batch_size * (1 + 2 * uratio)
         self.bf16 = uses_bf16(config.precision, device)
-        choose_backend(config.augment_backend, device)
+        self.augment_backend = choose_backend(config.augment_backend, device)
         self.views = StepViews(
             self.dataset,
             self.split,
@@ -65,7 +65,7 @@ class ClassifierState(TrainingState):
         config = self.config
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return make_batches(
-            self.views, start, config.steps, config.augment_backend, self.device, dtype, config.num_workers
+            self.views, start, config.steps, self.augment_backend, self.device, dtype, config.num_workers
         )
 
     def begin_step(self) -> float:

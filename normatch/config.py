@@ -1,13 +1,12 @@
 """The settings of a run: their names, types and defaults, the presets, and how they are put together."""
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -219,11 +218,6 @@ def canonical(name: str) -> str | tuple[str, str] | None:
     if name in UNNEEDED:
         return None
     raise UserError(f"unknown key {name!r}{nearest(name, [*Config.model_fields, *ALIASES, *UNNEEDED])}")
-
-
-def nearest(name: str, known) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def make_config(preset: str | None = None, file: str | Path | None = None, **keys) -> Config:

@@ -17,12 +17,13 @@ from torch import Tensor
 from .augment import GEOMETRIC, OPS, View, draw_parameters
 from .errors import UserError
 
+INSTALL = f"pip install nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
+
 
 def missing() -> str | None:
     """Why DALI cannot be used, or None where it can."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        cuda = (torch.version.cuda or "13").split(".")[0]
-        return f"NVIDIA DALI is not installed (pip install nvidia-dali-cuda{cuda}0)"
+        return f"NVIDIA DALI is not installed ({INSTALL})"
     return None
 
 

@@ -14,7 +14,6 @@ import hashlib
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .augment import MAX_SIDE, random_words
-from .errors import UserError
+from .errors import UserError, nearest
 from .tables import TABLES, Table, load_table
 
 DATASETS = (
@@ -89,8 +88,7 @@ def load_dataset(
         return _miniimagenet(folder, image_size or 84, compat == "reference")
     if name == "imagenet":
         raise UserError("dataset 'imagenet' is not there yet; class folders of it can be read as --dataset folder")
-    near = get_close_matches(str(name), DATASETS, n=1, cutoff=0)[0]
-    raise UserError(f"unknown dataset '{name}': did you mean '{near}'? There are {', '.join(DATASETS)}")
+    raise UserError(f"unknown dataset {name!r}{nearest(name, DATASETS)}; data sets: {', '.join(DATASETS)}")
 
 
 def _digits() -> Dataset:
@@ -146,7 +144,7 @@ def _parts(name: str, class_name: str, data_dir: Path, needed: str, download: bo
     try:
         return [getattr(datasets, class_name)(str(data_dir), **given, download=download) for given in arguments]
     except ImportError as error:  # SVHN's files are read by SciPy
-        raise UserError(f"{name} cannot be read: {error}") from error
+        raise UserError(f"{name} cannot be read ({error}): pip install scipy") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         if download:
             raise UserError(

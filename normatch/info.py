@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from normatch import __version__, ops
+from normatch import __version__, dali, ops
 
 
 def info() -> str:
@@ -90,8 +90,7 @@ def _dali() -> str:
         name = (distribution.metadata["Name"] or "").lower()
         if name.startswith("nvidia-dali-cuda"):
             return f"{distribution.version} ({name})"
-    cuda = (torch.version.cuda or "13").split(".")[0]
-    return f"not installed (pip install nvidia-dali-cuda{cuda}0)"
+    return f"not installed ({dali.INSTALL}); without it the native op makes the views"
 
 
 def _cpu() -> str:

@@ -195,7 +195,7 @@ def make_batches(
     views: StepViews,
     start: int,
     stop: int,
-    backend: str = "auto",
+    backend: str | tuple[str, str] = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     num_workers: int | None = None,
@@ -203,12 +203,12 @@ def make_batches(
 ) -> Batches:
     """The batches of steps start to stop - 1 of `views`, on `device`, by the backend asked for.
 
-    num_workers is for pil alone (default: 4 with a GPU, else 0). resident: whether the native backend keeps all
-    training images in the device's memory; default: where they take at most half of what is free. Otherwise each
-    batch's images come through pinned buffers, gathered ahead of time by a thread.
+    backend: a name, or what `choose_backend` made of it. num_workers is for pil alone (default: 4 with a GPU, else 0).
+    resident: whether the native backend keeps all training images in the device's memory; default: where they take at
+    most half of what is free. Otherwise each batch's images come through pinned buffers, gathered ahead by a thread.
     """
     device = torch.device(device)
-    name, reason = choose_backend(backend, device)
+    name, reason = choose_backend(backend, device) if isinstance(backend, str) else backend
     if name == "pil":
         workers = (4 if device.type == "cuda" else 0) if num_workers is None else num_workers
         return Batches(_by_pillow(views, start, stop, device, dtype, workers), name, reason)

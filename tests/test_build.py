@@ -48,6 +48,12 @@ def test_info_states_the_facts():
     assert "unknown (" not in info()
 
 
+def test_info_says_how_to_get_dali(monkeypatch):
+    monkeypatch.setattr("normatch.info.importlib.metadata.distributions", lambda: [])
+    (line,) = [line for line in info().splitlines() if line.startswith("DALI")]
+    assert "not installed (pip install nvidia-dali-cuda" in line and "native op" in line
+
+
 def test_info_never_raises(monkeypatch):
     def broken(*args):
         raise RuntimeError("broken on purpose")
@@ -94,17 +100,19 @@ def test_build_info():
 
 @pytest.mark.skipif(ops.backend()[0] != "compiled", reason="tests the instruction sets of the CPU kernels")
 @pytest.mark.parametrize(("capability", "name"), [("avx2", "AVX2"), ("default", "baseline")])
-def test_narrower_instruction_sets_are_as_accurate(capability, name):
-    """The kernels of machines older than this one: the accuracy tests again, with PyTorch's own switch."""
+def test_narrower_instruction_sets_are_as_good(capability, name):
+    """The kernels of machines older than this one: accuracy and pixels again, with PyTorch's own switch."""
     env = {"ATEN_CPU_CAPABILITY": capability}
     found = python(
         "from normatch import ops; print(ops.build_info()['cpu_capability'])", ATEN_CPU_CAPABILITY=capability
     )
     if found.stdout.strip() != name:
         pytest.skip(f"this machine has no {name}")
-    files = [str(TESTS / f"test_{stem}.py") for stem in ("affine_coupling", "logdet", "gmm_log_prob")]
+    stems = ("affine_coupling", "logdet", "gmm_log_prob", "augment_views")
+    files = [str(TESTS / f"test_{stem}.py") for stem in stems]
+    chosen = "(accura and dense) or (views_of_any_size and size2)"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "accura and dense", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         env={**os.environ, **env}, cwd=TESTS.parent, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

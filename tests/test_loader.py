@@ -168,7 +168,7 @@ def test_a_batch_larger_than_the_labelled_set_is_fine(dataset):
         ({"batch_size": 45, "uratio": 2, "num_val": 20}, "more than the pool of 80 unlabelled"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"uratio": -1}, "uratio -1"),
-        ({"policy": "kekmodle"}, "unknown policy 'kekmodle': did you mean 'kekmodel'"),
+        ({"policy": "kekmodle"}, "unknown policy 'kekmodle'; did you mean 'kekmodel'"),
     ],
 )
 def test_impossible_settings_are_one_line(dataset, settings, message):
