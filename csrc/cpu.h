@@ -36,9 +36,10 @@ constexpr int kLanes = sizeof(V) / sizeof(float);
 template <>
 inline constexpr int kLanes<double> = 1;
 
-// exp and tanh to about 1 ulp. The polynomials are minimax fits (Remez exchange in 40 digits, then rounded):
+// exp, tanh and log to about 1 ulp. The polynomials are minimax fits (Remez exchange in 40 digits, then rounded):
 //   exp(r) = 1 + r + r^2 P(r) on |r| <= ln(2)/2, relative error 2^-28
 //   tanh(x) = x + x^3 Q(x^2) on |x| <= 0.625, relative error 2^-28; above it 1 - 2 / (exp(2x) + 1)
+//   log(1 + f) = f - f^2/2 + f^3 R(f) on sqrt(1/2) <= 1 + f <= sqrt(2), relative error 2^-27
 template <int L>
 struct VectorMath {
   using F = typename VectorTypes<L>::Float;
@@ -67,6 +68,23 @@ struct VectorMath {
     const F large = 1.0f - 2.0f / (p * power_of_two(n) + 1.0f);
     const F signed_large = (F)((I)large | ((I)x & int32_t(0x80000000)));
     return magnitude < 0.625f ? small : signed_large;
+  }
+
+  // Of normal positive numbers; infinity and NaN pass.
+  static NM_HD F log(F x) {
+    const I exponent = ((I)x - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
+    const F f = (F)((I)x - (exponent << 23)) - 1.0f;
+    F r = f * -0.0763419769393f + 0.127613868048f;
+    r = r * f - 0.131602047328f;
+    r = r * f + 0.142017872989f;
+    r = r * f - 0.166233584412f;
+    r = r * f + 0.20001225602f;
+    r = r * f - 0.25000820967f;
+    r = r * f + 0.333333317226f;
+    const F n = __builtin_convertvector(exponent, F);
+    const F square = f * f;
+    const F value = n * 0.693359375f + (f - (0.5f * square - square * f * r - n * -2.12194440055e-4f));
+    return x < __builtin_inff() ? value : x;
   }
 
  private:

@@ -11,6 +11,18 @@ STABLE_TORCH_LIBRARY(normatch, m) {
   m.def(
       "affine_coupling_inverse_backward(Tensor grad_x, Tensor y, Tensor s_raw, Tensor gain)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "coupling2d(Tensor x, Tensor params, Tensor? gain, int changed, bool shift_first, float eps, bool channels_last)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "coupling2d_backward(Tensor grad_y, Tensor grad_logdet, Tensor saved, Tensor params, Tensor? gain, int changed,"
+      " bool shift_first, float eps, bool channels_last) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "coupling2d_inverse(Tensor y, Tensor params, Tensor? gain, int changed, bool shift_first, float eps,"
+      " bool channels_last) -> Tensor");
+  m.def(
+      "coupling2d_inverse_backward(Tensor grad_x, Tensor saved, Tensor params, Tensor? gain, int changed,"
+      " bool shift_first, float eps, bool channels_last) -> (Tensor, Tensor, Tensor)");
   m.def("logdet(Tensor log_scale) -> Tensor");
   m.def("gmm_log_prob(Tensor z, Tensor means, Tensor rho, Tensor logits, float eps) -> Tensor");
   m.def(

@@ -89,6 +89,8 @@ _KERNELS = {
     for op in (
         "affine_coupling",
         "affine_coupling_inverse",
+        "coupling2d",
+        "coupling2d_inverse",
         "logdet",
         "gmm_log_prob",
         "gmm_posterior",
@@ -353,13 +355,48 @@ def coupling2d(
     """
     op = "coupling2d"
     _check_coupling2d(op, "x", x, params, gain, changed, eps)
-    if x.device.type not in _KERNELS.get(op, ()):
+    if x.device.type not in _KERNELS[op]:
         return reference.coupling2d(x, params, gain, changed, shift_first, eps)
     if gain is not None:
         gain = gain.to(accumulation_dtype(x.dtype))
     return torch.ops.normatch.coupling2d.default(
-        x, params.to(x.dtype), gain, _CHANGED.index(changed), bool(shift_first), float(eps)
+        x, params.to(x.dtype), gain, _CHANGED.index(changed), bool(shift_first), float(eps), _is_channels_last(x)
     )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def _coupling2d_fake(x, params, gain, changed, shift_first, eps, channels_last):
+    return _new_images(x, x.shape[1], channels_last), x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+
+
+def _new_images(like: Tensor, channels: int, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _coupling2d_save(ctx, inputs, output):
+    x, params, gain, *ctx.options = inputs
+    _, shift_first, _, _ = ctx.options
+    ctx.save_for_backward(output[0] if shift_first else x, params, gain)  # the side that the scale is next to
+
+
+def _coupling2d_backward(ctx, grad_y, grad_logdet):
+    grad_x, grad_params, grad_gain = torch.ops.normatch.coupling2d_backward.default(
+        grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options
+    )
+    return grad_x, grad_params, grad_gain if ctx.saved_tensors[2] is not None else None, None, None, None, None
+
+
+def _coupling2d_backward_fake(grad_y, grad_logdet, saved, *others):
+    return _coupling2d_inverse_backward_fake(grad_y, saved, *others)
+
+
+_register("coupling2d", _coupling2d_fake, _coupling2d_backward, _coupling2d_save)
+_register("coupling2d_backward", _coupling2d_backward_fake)
 
 
 def coupling2d_inverse(
@@ -378,13 +415,40 @@ def coupling2d_inverse(
     """
     op = "coupling2d_inverse"
     _check_coupling2d(op, "y", y, params, gain, changed, eps)
-    if y.device.type not in _KERNELS.get(op, ()):
+    if y.device.type not in _KERNELS[op]:
         return reference.coupling2d_inverse(y, params, gain, changed, shift_first, eps)
     if gain is not None:
         gain = gain.to(accumulation_dtype(y.dtype))
     return torch.ops.normatch.coupling2d_inverse.default(
-        y, params.to(y.dtype), gain, _CHANGED.index(changed), bool(shift_first), float(eps)
+        y, params.to(y.dtype), gain, _CHANGED.index(changed), bool(shift_first), float(eps), _is_channels_last(y)
     )
+
+
+def _coupling2d_inverse_fake(y, params, gain, changed, shift_first, eps, channels_last):
+    return _new_images(y, y.shape[1], channels_last)
+
+
+def _coupling2d_inverse_save(ctx, inputs, output):
+    y, params, gain, *ctx.options = inputs
+    _, shift_first, _, _ = ctx.options
+    ctx.save_for_backward(y if shift_first else output, params, gain)
+
+
+def _coupling2d_inverse_backward(ctx, grad_x):
+    grad_y, grad_params, grad_gain = torch.ops.normatch.coupling2d_inverse_backward.default(
+        grad_x, *ctx.saved_tensors, *ctx.options
+    )
+    return grad_y, grad_params, grad_gain if ctx.saved_tensors[2] is not None else None, None, None, None, None
+
+
+def _coupling2d_inverse_backward_fake(grad_x, saved, params, gain, changed, shift_first, eps, channels_last):
+    grad_gain = saved.new_empty((0 if gain is None else len(gain),), dtype=accumulation_dtype(saved.dtype))
+    images = (_new_images(saved, channels, channels_last) for channels in (saved.shape[1], params.shape[1]))
+    return *images, grad_gain
+
+
+_register("coupling2d_inverse", _coupling2d_inverse_fake, _coupling2d_inverse_backward, _coupling2d_inverse_save)
+_register("coupling2d_inverse_backward", _coupling2d_inverse_backward_fake)
 
 
 # ---- log-determinant ----------------------------------------------------------------------------------------------

@@ -1,0 +1,364 @@
+// Affine coupling of images on the CPU, in one pass over the samples each way. A value of the changed part costs 3
+// reads and 1 write forward and inverse, 3 reads and 3 writes backward; of the rest 1 and 1. Blocks of changed values
+// go through the vectors: those of a planar sample lie in a row; those of channels-last ones are few neighbours at a
+// time, gathered into a row in cache and scattered from it.
+#include "coupling2d.h"
+
+#include <tuple>
+
+#include "cpu.h"
+
+namespace normatch {
+namespace {
+
+constexpr int64_t kBlock = 1024;
+
+// A tensor's changed channels, from `channel` on.
+template <typename T>
+struct Field {
+  T* data;
+  ImageStrides strides;
+  int64_t channel;
+  NM_HD T* row(int64_t sample, int64_t plane) const { return data + sample * strides.sample + channel * plane; }
+  NM_HD T* line(int64_t sample, int64_t pixel) const {
+    return data + sample * strides.sample + pixel * strides.pixel + channel;
+  }
+};
+
+// How the changed values of a sample are cut: into pieces, so that a few large samples still fill the threads, and
+// these into blocks.
+struct Cut {
+  const ImageCoupling& shape;
+  int64_t size, length, pieces;  // of what is cut: values of a planar row, or pixels
+  int64_t block;                 // likewise
+  int64_t values;                // at most, of a block
+
+  explicit Cut(const ImageCoupling& shape) : shape(shape) {
+    size = shape.channels_last ? shape.pixels : shape.parts * shape.pixels;
+    block = shape.channels_last ? std::max<int64_t>(1, kBlock / std::max<int64_t>(1, shape.parts)) : kBlock;
+    values = shape.channels_last ? block * shape.parts : kBlock;
+    const int64_t blocks = (size + block - 1) / block;
+    const int64_t wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, shape.samples));
+    length = std::max<int64_t>(1, (blocks + wanted - 1) / wanted) * block;
+    pieces = std::max<int64_t>(1, (size + length - 1) / length);
+  }
+
+  int64_t units() const { return shape.samples * pieces; }
+  int64_t values_per_unit() const { return shape.channels * shape.pixels / pieces; }
+};
+
+// What a block's values need to know by their place: the gain, and for planar checkerboards 1 where they are changed.
+template <typename Acc>
+struct Tables {
+  std::vector<Acc> gain, mask;
+
+  Tables(const Cut& cut, const std::optional<Tensor>& dense_gain) {
+    const ImageCoupling& shape = cut.shape;
+    if (dense_gain) {
+      const Acc* g = dense_gain->const_data_ptr<Acc>();
+      if (shape.channels_last) {
+        for (int64_t i = 0; i < cut.block; ++i) gain.insert(gain.end(), g, g + shape.parts);
+      } else {
+        for (int64_t c = 0; c < shape.parts; ++c) gain.insert(gain.end(), shape.pixels, g[c]);
+      }
+    }
+    if (is_checkerboard(shape.changed) && !shape.channels_last)
+      for (int64_t c = 0; c < shape.channels; ++c)
+        for (int64_t p = 0; p < shape.pixels; ++p) mask.push_back(is_changed(shape, p));
+  }
+
+  static bool is_changed(const ImageCoupling& shape, int64_t pixel) {
+    return (pixel / shape.width + pixel % shape.width) % 2 == (shape.changed == Changed::kOdd);
+  }
+};
+
+template <typename T>
+struct Scratch {
+  std::vector<T> values;
+  std::vector<int64_t> pixels;
+};
+
+// Calls f(place in the tables, count, in, out) for every block of the unit's changed values, and copies the rest from
+// in[0] to out[0]. What a gradient's further outputs have there is 0.
+template <typename T, int kIn, int kOut, typename F>
+void for_blocks(const Cut& cut, int64_t unit, const Field<const T> (&in)[kIn], const Field<T> (&out)[kOut],
+                Scratch<T>& scratch, const F& f) {
+  const ImageCoupling& shape = cut.shape;
+  const int64_t sample = unit / cut.pieces, piece = unit % cut.pieces;
+  const int64_t begin = piece * cut.length, end = std::min(cut.size, begin + cut.length);
+  const T* from[kIn];
+  T* to[kOut];
+  if (!shape.channels_last) {
+    const int64_t rest = (shape.channels - shape.parts) * shape.pixels;  // before or after the changed channels
+    const int64_t copied = rest * piece / cut.pieces, upto = rest * (piece + 1) / cut.pieces;
+    const int64_t start = (shape.first ? -shape.first : shape.parts) * shape.pixels;
+    std::copy_n(in[0].row(sample, shape.pixels) + start + copied, upto - copied,
+                out[0].row(sample, shape.pixels) + start + copied);
+    for (int64_t at = begin; at < end; at += cut.block) {
+      for (int i = 0; i < kIn; ++i) from[i] = in[i].row(sample, shape.pixels) + at;
+      for (int i = 0; i < kOut; ++i) to[i] = out[i].row(sample, shape.pixels) + at;
+      f(at, std::min(cut.block, end - at), from, to);
+    }
+    return;
+  }
+  scratch.values.resize((kIn + kOut) * cut.values);
+  for (int i = 0; i < kIn; ++i) from[i] = scratch.values.data() + i * cut.values;
+  for (int i = 0; i < kOut; ++i) to[i] = scratch.values.data() + (kIn + i) * cut.values;
+  const bool checkerboard = is_checkerboard(shape.changed);
+  for (int64_t at = begin; at < end; at += cut.block) {
+    const int64_t upto = std::min(at + cut.block, end);
+    scratch.pixels.clear();
+    for (int64_t p = at; p < upto; ++p) {
+      std::copy_n(in[0].line(sample, p) - shape.first, shape.channels, out[0].line(sample, p) - shape.first);
+      if (!checkerboard || Tables<acc_t<T>>::is_changed(shape, p)) scratch.pixels.push_back(p);
+    }
+    if (checkerboard && kOut > 1) std::fill_n(out[1].line(sample, at), (upto - at) * 2 * shape.parts, T(0));
+    for (int i = 0; i < kIn; ++i) {
+      T* value = const_cast<T*>(from[i]);
+      for (const int64_t p : scratch.pixels) {
+        const T* line = in[i].line(sample, p);
+        for (int64_t j = 0; j < shape.parts; ++j) *value++ = line[j];
+      }
+    }
+    f(0, int64_t(scratch.pixels.size()) * shape.parts, from, to);
+    for (int i = 0; i < kOut; ++i) {
+      const T* value = to[i];
+      for (const int64_t p : scratch.pixels) {
+        T* line = out[i].line(sample, p);
+        for (int64_t j = 0; j < shape.parts; ++j) line[j] = *value++;
+      }
+    }
+  }
+}
+
+template <typename T>
+Field<const T> read_images(const Tensor& tensor, int64_t channel) {
+  return {tensor.const_data_ptr<T>(), strides_of(tensor), channel};
+}
+
+template <typename T>
+Field<T> write_images(const Tensor& tensor, int64_t channel) {
+  return {tensor.mutable_data_ptr<T>(), strides_of(tensor), channel};
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& gain) {
+  return gain ? std::optional<Tensor>(torch::stable::contiguous(*gain)) : std::nullopt;
+}
+
+// Calls f(std::bool_constant) with whether there is a gain.
+template <typename F>
+void dispatch_gain(bool has_gain, const F& f) {
+  if (has_gain)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+// A block of changed values: how many, and what the tables say of them (null where they say nothing).
+template <typename Acc>
+struct Block {
+  int64_t count;
+  const Acc *gain, *mask;
+
+  Block(const Tables<Acc>& tables, int64_t place, int64_t count)
+      : count(count),
+        gain(tables.gain.empty() ? nullptr : &tables.gain[place]),
+        mask(tables.mask.empty() ? nullptr : &tables.mask[place]) {}
+};
+
+template <typename Acc>
+constexpr Acc kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// Maps from[0] to to[0]; the sum of the log-scales.
+template <typename V, bool kInverse, bool kGain, typename T, typename Acc>
+NM_HD double map_block(const Block<Acc>& block, const T* const (&from)[3], T* const (&to)[1], bool shift_first,
+                       Acc eps) {
+  return blocked_sum<V>(block.count, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+    V gain{};
+    if constexpr (kGain) gain = load(block.gain + j);
+    const V value = load(from[0] + j);
+    const CouplingScale<V> scale = coupling_scale<kInverse, kGain>(load(from[1] + j), gain, eps);
+    const V mapped = couple<kInverse>(value, load(from[2] + j), scale.factor, shift_first);
+    if (kGain && !block.mask) {
+      store(to[0] + j, mapped);
+      return scale.log_scale;
+    }
+    const auto changed = load(block.mask ? block.mask + j : kOnes<Acc>) != V{};  // false past the end, too
+    store(to[0] + j, changed ? mapped : value);
+    return changed ? scale.log_scale : V{};
+  });
+}
+
+// Gradients of from = {upstream, saved, s_raw} into to = {input, s_raw, t}, and their terms of the gain's.
+template <typename V, bool kInverse, bool kGain, typename T, typename Acc>
+NM_HD void gradient_block(const Block<Acc>& block, Acc grad_logdet, const T* const (&from)[3], T* const (&to)[3],
+                          Acc* terms, bool shift_first, Acc eps) {
+  for_columns<V>(0, block.count, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+    V gain{};
+    if constexpr (kGain) gain = load(block.gain + j);
+    const V upstream = load(from[0] + j);
+    auto grad = coupling_gradients<kInverse, kGain>(upstream, V{} + grad_logdet, load(from[1] + j), load(from[2] + j),
+                                                    gain, shift_first, eps);
+    if (block.mask) {
+      const auto changed = load(block.mask + j) != V{};
+      grad = {changed ? grad.input : upstream, changed ? grad.s_raw : V{}, changed ? grad.t : V{},
+              changed ? grad.gain : V{}};
+    }
+    store(to[0] + j, grad.input);
+    store(to[1] + j, grad.s_raw);
+    store(to[2] + j, grad.t);
+    if constexpr (kGain) store(terms + j, grad.gain);
+  });
+}
+
+// Adds a block's terms to the sums of their channels.
+template <typename V, typename Acc>
+NM_HD void add_terms(const ImageCoupling& shape, int64_t place, int64_t count, const Acc* terms, double* sums) {
+  if (shape.channels_last) {
+    for (int64_t j = 0; j < count; j += shape.parts)
+      for (int64_t c = 0; c < shape.parts; ++c) sums[c] += terms[j + c];
+    return;
+  }
+  for (int64_t j = 0, end; j < count; j = end) {  // plane by plane
+    const int64_t channel = (place + j) / shape.pixels;
+    end = std::min(count, (channel + 1) * shape.pixels - place);
+    sums[channel] += blocked_sum<V>(
+        end - j, [&](int64_t i, const auto& load, const auto&) NM_INLINE { return load(terms + j + i); });
+  }
+}
+
+// y and the log-scale's sums; or x, and sums that nobody asks for.
+template <bool kInverse>
+std::tuple<Tensor, Tensor> map_images(const Tensor& given, const Tensor& given_params,
+                                      const std::optional<Tensor>& given_gain, const ImageCoupling& shape) {
+  const Tensor x = in_format(given, shape.channels_last), params = in_format(given_params, shape.channels_last);
+  const std::optional<Tensor> gain = dense(given_gain);
+  const Tensor y = new_images(x, shape.channels, shape.channels_last);
+  const Tensor logdet = new_tensor(x, {shape.samples}, accumulation_type(x));
+  const Cut cut(shape);
+  std::vector<double> sums(cut.units());
+  dispatch(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Acc = acc_t<T>;
+    const Field<const T> in[] = {read_images<T>(x, shape.first), read_images<T>(params, 0),
+                                 read_images<T>(params, shape.parts)};
+    const Field<T> out[] = {write_images<T>(y, shape.first)};
+    const Tables<Acc> tables(cut, gain);
+    dispatch_gain(gain.has_value(), [&](auto has_gain) {
+      parallel_rows(cut.units(), cut.values_per_unit(), [&](int64_t begin, int64_t end) {
+        Scratch<T> scratch;
+        for (int64_t unit = begin; unit < end; ++unit)
+          for_blocks(cut, unit, in, out, scratch, [&](int64_t place, int64_t count, const auto& from, const auto& to) {
+            const Block<Acc> block(tables, place, count);
+            vectorised<T>([&](auto lanes) NM_INLINE {
+              using V = typename decltype(lanes)::type;
+              sums[unit] +=
+                  map_block<V, kInverse, decltype(has_gain)::value>(block, from, to, shape.shift_first, Acc(shape.eps));
+            });
+          });
+      });
+    });
+    Acc* const total = logdet.mutable_data_ptr<Acc>();
+    for (int64_t n = 0; n < shape.samples; ++n) {
+      double sum = 0;
+      for (int64_t piece = 0; piece < cut.pieces; ++piece) sum += sums[n * cut.pieces + piece];
+      total[n] = Acc(sum);
+    }
+  });
+  return {y, logdet};
+}
+
+// The gradients of x (or y), params and gain, the last empty without one.
+template <bool kInverse>
+std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream, const Tensor* grad_logdet,
+                                                   const Tensor& given_saved, const Tensor& given_params,
+                                                   const std::optional<Tensor>& given_gain,
+                                                   const ImageCoupling& shape) {
+  const Tensor upstream = in_format(given_upstream, shape.channels_last);
+  const Tensor saved = in_format(given_saved, shape.channels_last);
+  const Tensor params = in_format(given_params, shape.channels_last);
+  const std::optional<Tensor> gain = dense(given_gain);
+  const int64_t gains = gain ? shape.parts : 0;
+  const Tensor grad_in = new_images(saved, shape.channels, shape.channels_last);
+  const Tensor grad_params = new_images(saved, 2 * shape.parts, shape.channels_last);
+  const Tensor grad_gain = new_tensor(saved, {gains}, accumulation_type(saved));
+  const Cut cut(shape);
+  const Chunks chunks(cut.units(), 1 + 16384 / std::max<int64_t>(1, cut.values_per_unit()), 256);
+  std::vector<double> partial(chunks.count * gains);
+  dispatch(saved.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Acc = acc_t<T>;
+    const Field<const T> in[] = {read_images<T>(upstream, shape.first), read_images<T>(saved, shape.first),
+                                 read_images<T>(params, 0)};
+    const Field<T> out[] = {write_images<T>(grad_in, shape.first), write_images<T>(grad_params, 0),
+                            write_images<T>(grad_params, shape.parts)};
+    const Tables<Acc> tables(cut, gain);
+    dispatch_gain(gain.has_value(), [&](auto has_gain) {
+      constexpr bool kGain = decltype(has_gain)::value;
+      torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
+        Scratch<T> scratch;
+        std::vector<Acc> terms(kGain ? cut.values : 0);
+        for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk)
+          for (int64_t unit = chunks.begin(chunk); unit < chunks.end(chunk); ++unit) {
+            Acc above = 0;
+            if (grad_logdet) above = grad_logdet->const_data_ptr<Acc>()[unit / cut.pieces * grad_logdet->stride(0)];
+            for_blocks(cut, unit, in, out, scratch,
+                       [&](int64_t place, int64_t count, const auto& from, const auto& to) {
+                         const Block<Acc> block(tables, place, count);
+                         vectorised<T>([&](auto lanes) NM_INLINE {
+                           using V = typename decltype(lanes)::type;
+                           gradient_block<V, kInverse, kGain>(block, above, from, to, terms.data(), shape.shift_first,
+                                                              Acc(shape.eps));
+                           if constexpr (kGain)
+                             add_terms<V>(shape, place, count, terms.data(), partial.data() + chunk * gains);
+                         });
+                       });
+          }
+      });
+    });
+    Acc* const total = grad_gain.mutable_data_ptr<Acc>();
+    for (int64_t c = 0; c < gains; ++c) {
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) sum += partial[chunk * gains + c];
+      total[c] = Acc(sum);
+    }
+  });
+  return {grad_in, grad_params, grad_gain};
+}
+
+std::tuple<Tensor, Tensor> coupling2d(const Tensor& x, const Tensor& params, std::optional<Tensor> gain,
+                                      int64_t changed, bool shift_first, double eps, bool channels_last) {
+  return map_images<false>(x, params, gain, {x, params, changed, shift_first, eps, channels_last});
+}
+
+Tensor coupling2d_inverse(const Tensor& y, const Tensor& params, std::optional<Tensor> gain, int64_t changed,
+                          bool shift_first, double eps, bool channels_last) {
+  return std::get<0>(map_images<true>(y, params, gain, {y, params, changed, shift_first, eps, channels_last}));
+}
+
+std::tuple<Tensor, Tensor, Tensor> coupling2d_backward(const Tensor& grad_y, const Tensor& grad_logdet,
+                                                       const Tensor& saved, const Tensor& params,
+                                                       std::optional<Tensor> gain, int64_t changed, bool shift_first,
+                                                       double eps, bool channels_last) {
+  return image_gradients<false>(grad_y, &grad_logdet, saved, params, gain,
+                                {saved, params, changed, shift_first, eps, channels_last});
+}
+
+std::tuple<Tensor, Tensor, Tensor> coupling2d_inverse_backward(const Tensor& grad_x, const Tensor& saved,
+                                                               const Tensor& params, std::optional<Tensor> gain,
+                                                               int64_t changed, bool shift_first, double eps,
+                                                               bool channels_last) {
+  return image_gradients<true>(grad_x, nullptr, saved, params, gain,
+                               {saved, params, changed, shift_first, eps, channels_last});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(normatch, CPU, m) {
+  m.impl("coupling2d", TORCH_BOX(&coupling2d));
+  m.impl("coupling2d_backward", TORCH_BOX(&coupling2d_backward));
+  m.impl("coupling2d_inverse", TORCH_BOX(&coupling2d_inverse));
+  m.impl("coupling2d_inverse_backward", TORCH_BOX(&coupling2d_inverse_backward));
+}
+
+}  // namespace normatch
