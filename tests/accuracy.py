@@ -48,6 +48,14 @@ def assert_near(got: Tensor, want: np.ndarray, gap: float, exact: bool) -> None:
     assert np.abs(got - want).max() <= limit
 
 
+def with_jacobian(function, row: Tensor) -> tuple[Tensor, Tensor]:
+    """row: (D,) -> function(row[None])[0]: (D,) and its Jacobian (D, D), by one backward pass of D equal rows."""
+    rows = row.detach().expand(len(row), -1).clone().requires_grad_()
+    z = function(rows)
+    (jacobian,) = torch.autograd.grad(z.diagonal().sum(), rows)
+    return z[0].detach(), jacobian
+
+
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same (N, H) values, lying in memory as they come in practice."""
     n, h = values.shape

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_near
+from accuracy import assert_near, with_jacobian
 from torch import nn
 
 from normatch import UserError
@@ -266,7 +266,7 @@ def test_image_flow_is_a_bijection_with_the_logdet_of_its_jacobian(flow):
     z, logdet = flow(v)
     assert z.shape == (3, flow.features) and logdet.shape == (3,)
     torch.testing.assert_close(flow.inverse(z), v, rtol=0, atol=1e-10)
-    jacobian = torch.autograd.functional.jacobian(lambda row: flow(row.view(1, *flow.shape))[0][0], v[0].flatten())
+    _, jacobian = with_jacobian(lambda rows: flow(rows.unflatten(1, flow.shape))[0], v[0].flatten())
     torch.testing.assert_close(logdet[0], torch.linalg.slogdet(jacobian).logabsdet, rtol=0, atol=1e-9)
 
     flow.float().levels = levels
@@ -375,5 +375,7 @@ def test_shapes_that_do_not_fit_are_named():
         RealNVPMNIST(width=4, blocks=1)(torch.zeros(2, 3, 28, 28))
     with pytest.raises(ValueError, match=r"z must have shape \(N, 784\)"):
         RealNVPMNIST(width=4, blocks=1).inverse(torch.zeros(2, 780))
+    with pytest.raises(ValueError, match="values from 0 to 255"):
+        RealNVPMNIST(width=4, blocks=1)(255.0 * torch.eye(28).expand(2, 1, -1, -1))
     with pytest.raises(ValueError, match="5 x 4 cannot be squeezed"):
         RealNVP((1, 5, 4), width=4, blocks=1)

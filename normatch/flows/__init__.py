@@ -5,8 +5,11 @@ from .flow import Flow
 from .head import Coupling, FlowHead
 from .layers import dequantize, initialize
 from .realnvp import Glow, GlowMNIST, RealNVP, RealNVPMNIST, RealNVPTabular
+from .scnf import SCNF, ConditionalFlow, MaskedGlow, ToyFlow
 
 __all__ = [
+    "SCNF",
+    "ConditionalFlow",
     "Coupling",
     "Flow",
     "FlowClassifier",
@@ -16,9 +19,11 @@ __all__ = [
     "GaussianMixture",
     "Glow",
     "GlowMNIST",
+    "MaskedGlow",
     "RealNVP",
     "RealNVPMNIST",
     "RealNVPTabular",
+    "ToyFlow",
     "dequantize",
     "initialize",
 ]

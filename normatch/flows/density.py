@@ -157,11 +157,17 @@ def sample_mixture(means, rho, mixture_logits, n, label=None, generator=None):
     device = means.device
     if label is None:
         label = torch.multinomial(mixture_logits.softmax(0), n, replacement=True, generator=generator)
-    label = torch.as_tensor(label, device=device).expand(n)
-    if n and not 0 <= int(label.min()) <= int(label.max()) < len(means):
-        raise ValueError(f"label must lie in 0..{len(means) - 1}")
+    label = checked_classes(label, n, len(means), device)
     noise = torch.randn(n, means.shape[1], generator=generator, device=device, dtype=means.dtype)
     return means[label] + F.softplus(rho)[label, None] * noise
+
+
+def checked_classes(label, n: int, classes: int, device: torch.device) -> torch.Tensor:
+    """An int or (n,) integers -> (n,) of them. Raises ValueError where they are not among the K classes."""
+    label = torch.as_tensor(label, device=device).expand(n)
+    if n and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise ValueError(f"label must lie in 0..{classes - 1}")
+    return label
 
 
 def _outside(y, classes):

@@ -25,7 +25,7 @@ class Flow(nn.Module):
     (Gomez et al. 2017), so that the memory does not grow with the number of layers; it costs each coupling's network
     once more.
 
-    Raises ValueError for x or z of another shape.
+    Raises ValueError for x or z of another shape, and on the CPU for pixels outside [0, 1].
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Flow(nn.Module):
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (N, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
         if self.levels:
+            if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((x < 0) | (x > 1)).any()):
+                raise ValueError(f"x must lie in [0, 1], but holds values from {x.min():g} to {x.max():g}")
             x = dequantize(x, self.levels, noise=self.noise == "always" or (self.noise == "train" and self.training))
         if self.reversible and torch.is_grad_enabled():
             return _reversible(self, x)

@@ -1,0 +1,331 @@
+"""Semi-conditional normalizing flows (SCNF: Atanov, Volokhova, Ashukha, Sosnovik & Vetrov 2019)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..reference import log_softplus
+from .density import FlowDensity, FlowOutput, checked_classes
+from .flow import Flow, load_weights
+from .layers import (
+    ActNorm,
+    ConditionalShift,
+    DoubleCoupling,
+    FactorOut,
+    ImageCoupling,
+    InvertibleConv,
+    Logit,
+    NetActNorm,
+    Squeeze,
+)
+
+# ---- Networks -----------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """x: (N, C, H, W) or (..., C) -> the same: x + net(x)."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+class ConditionalNet(nn.Sequential):
+    """x: (N, C, H, W), e: (N, E) -> (N, ...), or x: (..., C), e: (..., E) -> (..., ...): layers on x and e together.
+
+    Of a first layer that is linear each part is applied on its own: what depends on the class alone is computed once
+    for all rows, and what depends on the row alone once for all classes.
+    """
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        first, *rest = self
+        if isinstance(first, nn.Linear):
+            of_x, of_e = first.weight.split((x.shape[-1], e.shape[-1]), 1)
+            h = F.linear(x, of_x) + F.linear(e, of_e, first.bias)
+        else:
+            h = first(torch.cat((x, e[:, :, None, None].expand(-1, -1, *x.shape[2:])), 1))
+        for layer in rest:
+            h = layer(h)
+        return h
+
+
+def image_net(inputs: int, width: int, outputs: int, kind: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
+    """(N, inputs, H, W) -> (N, outputs, H, W): SCNF's network of four residual blocks, at first constant 0."""
+
+    def conv(a, b):
+        return nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3)
+
+    blocks = (ResidualBlock(nn.ReLU(), *conv(width, width), nn.ReLU(), *conv(width, width)) for _ in range(4))
+    net = kind(*conv(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *conv(width, outputs))
+    return _zero_last(net)
+
+
+def vector_net(inputs: int, width: int, outputs: int) -> ConditionalNet:
+    """x and e, (..., inputs) together, -> (..., outputs): the same network on vectors, at first constant 0."""
+    blocks = (ResidualBlock(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(4))
+    net = ConditionalNet(nn.Linear(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), nn.Linear(width, outputs))
+    return _zero_last(net)
+
+
+def _zero_last(net):
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    return net
+
+
+# ---- Flows --------------------------------------------------------------------------------------------------------
+
+
+class MaskedGlow(Flow):
+    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): SCNF's unconditional flow f for MNIST.
+
+    Steps of 1 x 1 convolution, coupling and ActNorm at three scales: at the first two three on the checkerboard, a
+    squeeze, two on the channels, and half of the channels are finished; at the last one three and two. For MNIST z is
+    392 + 196 finished dimensions and 196 deep ones.
+
+    shape: (C, H, W), sides divisible by 4, at least 8.   width: of the networks.   conv: form of the 1 x 1 convolutions
+    (see `InvertibleConv`).   factors: reflections of theirs.   levels, reversible: see `Flow`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int] = (1, 28, 28),
+        width: int = 64,
+        conv: str = "full",
+        factors: int = 2,
+        levels: int | None = 256,
+        reversible: bool = False,
+    ):
+        def masked(channels):
+            for changed in ("even", "odd", "even"):
+                net = image_net(channels, width, 2 * channels)
+                yield InvertibleConv(channels, conv, factors)
+                yield ImageCoupling(net, channels, changed, gained=False, shift_first=False)
+                yield ActNorm(channels)
+
+        def halves(channels):
+            for _ in range(2):
+                nets = (image_net(channels // 2, width, channels) for _ in range(2))
+                yield InvertibleConv(channels, conv, factors)
+                yield DoubleCoupling(*nets)
+                yield ActNorm(channels)
+
+        if any(side % 4 or side < 8 for side in shape[1:]):
+            raise ValueError(f"the sides must be divisible by 4 and at least 8, not {' x '.join(map(str, shape[1:]))}")
+        channels, layers = shape[0], [Logit(0.95)]
+        for _ in range(2):
+            out = _half_to_even(4 * channels)
+            layers += [*masked(channels), Squeeze("space"), *halves(4 * channels), FactorOut(out, first=True)]
+            channels = 4 * channels - out
+        layers += [*masked(channels), *halves(channels)]
+        super().__init__(layers, shape, levels, reversible=reversible)
+
+
+class ToyFlow(Flow):
+    """x: (N, 2) -> z (N, 2), logdet (N,): SCNF's flow f of the plane, `steps` of convolution, coupling and ActNorm."""
+
+    def __init__(self, steps: int = 5, width: int = 64):
+        def net():
+            return nn.Sequential(
+                nn.Linear(1, width), nn.LeakyReLU(), nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, 2)
+            )
+
+        layers = [
+            layer for _ in range(steps) for layer in (InvertibleConv(2), DoubleCoupling(net(), net()), ActNorm(2))
+        ]
+        super().__init__(layers, (2,))
+
+
+class ConditionalFlow(nn.Module):
+    """x: (..., D), e: (..., E) -> z (..., D), logdet (...): SCNF's flow h of the deep dimensions, given a class.
+
+    The leading axes of x and of e, the class's embedding, broadcast: x (1, N, D) with e (K, 1, E) is the flow of every
+    sample given every class, in one pass. At each of `levels` levels `steps` of ActNorm, 1 x 1 convolution and a
+    conditional coupling, and between levels half of the dimensions are finished.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        embedding: int = 10,
+        levels: int = 2,
+        steps: int = 4,
+        hidden: int = 256,
+        conv: str = "full",
+        factors: int = 2,
+    ):
+        super().__init__()
+        self.features, self.embedding = features, embedding
+        layers, finished = [], []
+        for level in range(levels):
+            if features < 2:
+                raise ValueError(f"a flow of {self.features} dimensions has none left to couple at level {level + 1}")
+            first, second = features - features // 2, features // 2
+            for _ in range(steps):
+                nets = (
+                    vector_net(second + embedding, hidden, 2 * first),
+                    vector_net(first + embedding, hidden, 2 * second),
+                )
+                layers += [ActNorm(features), InvertibleConv(features, conv, factors), DoubleCoupling(*nets)]
+            if level < levels - 1:
+                finished.append(_half_to_even(features))
+                layers.append(FactorOut(finished[-1], first=True))
+                features -= finished[-1]
+        self.layers = nn.ModuleList(layers)
+        self._pieces = [*finished, features]
+
+    def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        logdet, pieces = 0.0, []
+        for layer in self.layers:
+            if isinstance(layer, FactorOut):
+                x, piece = layer(x)
+                pieces.append(piece)
+            else:
+                x, term = layer(x, e) if isinstance(layer, DoubleCoupling) else layer(x)
+                logdet = logdet + term
+        return torch.cat([*pieces, x], -1), logdet
+
+    def inverse(self, z: Tensor, e: Tensor) -> Tensor:
+        """z: (..., D), e: (..., E) -> x (..., D)."""
+        *pieces, x = z.split(self._pieces, -1)
+        for layer in reversed(self.layers):
+            if isinstance(layer, FactorOut):
+                x = layer.inverse(x, pieces.pop())
+            else:
+                x = layer.inverse(x, e) if isinstance(layer, DoubleCoupling) else layer.inverse(x)
+        return x
+
+
+def _half_to_even(channels):
+    half = channels // 2
+    return half + half % 2
+
+
+# ---- The model ----------------------------------------------------------------------------------------------------
+
+
+class SCNF(FlowDensity):
+    """x: (N, *shape) -> FlowOutput: a flow f without and, on its last dimensions, a flow h with the class as condition.
+
+    z = f(x) = [z_aux, z_deep], z_h = h(z_deep; y); z_aux and z_h have Gaussian priors with mean 0 and one deviation
+    softplus(rho) a dimension (Atanov et al. 2019, section 2.2):
+
+        log p(x | y) = log |det df/dx| + log N(z_aux) + log |det dh_y/dz_deep| + log N(h(z_deep; y))
+
+    f runs once for all classes, and h on all of them in one batch. In the result z is that of f.
+
+    f: a `Flow`.   h: a `ConditionalFlow`, or "shift": z_h = z_deep - mean_y, a mixture of Gaussians (SCNF-GMM).
+    classes: K.   deep: dimensions of z_deep; None: all of them, or those of h.   class_prior: (K,) p(y), or counts of
+    the labels, which are then fixed; None: uniform.
+    """
+
+    def __init__(
+        self,
+        f: Flow,
+        h: ConditionalFlow | str,
+        classes: int,
+        deep: int | None = None,
+        class_prior: Tensor | Sequence[float] | None = None,
+    ):
+        super().__init__()
+        deep = deep or (f.features if h == "shift" else h.features)
+        if deep > f.features:
+            raise ValueError(f"f has {f.features} dimensions, of which {deep} cannot be the deep ones")
+        if h == "shift":
+            h, embedding = ConditionalShift(), torch.randn(classes, deep)
+        elif h.features != deep:
+            raise ValueError(f"h is a flow of {h.features} dimensions, of which there are {deep}")
+        elif h.embedding < classes:
+            raise ValueError(f"embeddings of {h.embedding} dimensions cannot tell {classes} classes apart")
+        else:
+            embedding = torch.eye(classes, h.embedding)
+        self.f, self.h, self.deep, self.classes = f, h, deep, classes
+        self.embedding = nn.Parameter(embedding)
+        self.aux_rho = nn.Parameter(torch.zeros(f.features - deep))
+        self.deep_rho = nn.Parameter(torch.zeros(deep))
+        prior = torch.ones(classes) if class_prior is None else torch.as_tensor(class_prior) * 1.0
+        if prior.shape != (classes,) or not bool((prior > 0).all()):
+            raise ValueError(f"class_prior must be {classes} positive numbers, not {prior.tolist()}")
+        self.register_buffer("log_prior", (prior / prior.sum()).log())
+
+    def forward(self, x: Tensor) -> FlowOutput:
+        z, logdet = self.f(x)
+        aux, deep = self._split(z)
+        z_h, logdet_h = self.h(deep[None], self.embedding[:, None])
+        of_class = logdet_h + _log_normal(z_h, self.deep_rho)
+        class_log_prob = self.log_prior + _log_normal(aux, self.aux_rho)[:, None] + of_class.T
+        return FlowOutput(z, logdet, class_log_prob, class_log_prob.logsumexp(1) + logdet)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """z: (N, D) of f -> x (N, *shape)."""
+        return self.f.inverse(z)
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (N, *shape), y: (N,) -> z_f (N, D), z_h (N, deep) given those classes."""
+        z = self.f(x)[0]
+        return z, self.h(self._split(z)[1], self.embedding[self._checked_label(y, len(x), z.device)])[0]
+
+    @torch.no_grad()
+    def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> Tensor:
+        """n samples (n, *shape), of class y (an int, or one a row (n,)) or of classes drawn from p(y)."""
+        if y is None:
+            y = torch.multinomial(self.log_prior.exp(), n, replacement=True, generator=generator)
+        y = checked_classes(y, n, self.classes, self.embedding.device)
+        like = self.embedding
+        noise = torch.randn(n, self.f.features, generator=generator, device=like.device, dtype=like.dtype)
+        aux, deep = self._split(noise * F.softplus(torch.cat((self.aux_rho, self.deep_rho))))
+        return self.f.inverse(torch.cat((aux, self.h.inverse(deep, self.embedding[y])), 1))
+
+    def log_class_prior(self) -> Tensor:
+        """(K,) log p(y)."""
+        return self.log_prior
+
+    def load_published(self, state: dict):
+        """Take the weights from the state dict of the published model: `flow.modules_.*` and `prior.*`.
+
+        p(y) is not in it and stays as it is. Raises `UserError` where the state dict is of another architecture.
+        """
+        found, own = {"log_prior": self.log_prior}, self.state_dict()
+        for name, value in state.items():
+            name = name.removeprefix("module.")
+            # Masks follow from the layer, flags are ours no more, and the means are always 0.
+            if name.rpartition(".")[2] in ("mask", "requires_init", "mean"):
+                continue
+            for theirs, ours in _PUBLISHED_NAMES:
+                if name.startswith(theirs):
+                    name = ours + name.removeprefix(theirs)
+                    break
+            if name.endswith("factors.weight"):
+                name = "embedding"
+            if name in own and own[name].dim() == value.dim() - 2:  # published vectors are images of one pixel
+                value = value.flatten(-3)
+            found[name] = value
+        load_weights(self, found, "SCNF")
+
+    def _split(self, z):
+        return z.split((z.shape[1] - self.deep, self.deep), 1)
+
+    def extra_repr(self):
+        return f"classes={self.classes}, deep={self.deep}"
+
+
+_PUBLISHED_NAMES = (
+    ("flow.modules_.", "f.layers."),
+    ("prior.flow.modules_.", "h.layers."),
+    ("prior.flow.embeddings.weight", "embedding"),
+    ("prior.shallow_prior.logsigma", "aux_rho"),
+    ("prior.deep_prior.logsigma", "deep_rho"),
+)
+
+
+def _log_normal(z, rho):
+    """z: (..., D), rho: (D,) -> (...) log N(z; 0, diag softplus(rho)^2)."""
+    log_sigma = log_softplus(rho)
+    constant = -log_sigma.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+    return constant - 0.5 * ((z * (-log_sigma).exp()).square()).sum(-1)
