@@ -19,7 +19,9 @@ class ClassifierState(TrainingState):
 
     def __init__(self, config: Config, device: torch.device, backbone: nn.Module | None = None):
         super().__init__(config, device)
-        self.dataset = load_dataset(config.dataset, config.data_dir, config.download, config.image_size, config.compat)
+        self.dataset = load_dataset(
+            config.dataset, config.data_dir, config.download, config.image_size, config.compat, config.in_memory
+        )
         self.split = make_split(self.dataset, config.num_labels, config.seed, config.num_val)
         uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
         self.images_per_step = config.batch_size * (1 + 2 * uratio)

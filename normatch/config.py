@@ -33,6 +33,9 @@ class Config(BaseModel):
     data_dir: str | None = key(None, "folder that holds the data set")
     download: bool = key(False, "let torchvision download the data set into data_dir")
     image_size: Positive | None = key(None, "side of the images of a folder or table, pixels; none: what suits most")
+    in_memory: bool = key(
+        True, "no: read the training images of a folder or table from their files for each view, not once"
+    )
     num_labels: NonNegative = key(40, "labelled images, the same number of every class; 0: all that there are")
     num_val: NonNegative = key(
         0,

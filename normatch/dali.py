@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .augment import GEOMETRIC, OPS, View, draw_parameters
 from .errors import UserError
+from .folders import FileImages
 
 INSTALL = f"pip install nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
 
@@ -33,8 +34,7 @@ def dali_batches(views, start: int, stop: int, device: torch.device, dtype: torc
     labels = torch.from_numpy(dataset.train_labels).to(device)
     b = views.batch_size // views.ranks
     u = b * views.uratio
-    steps = range(start, stop)
-    draws = (views.draws(step) for step in steps)
+    draws = (views.draws(step) for step in range(start, stop))
     made = Views(dataset.train_images, views.policy, views.seed, b + 2 * u, draws, device, dataset.mean, dataset.std,
                  dataset.flip)  # fmt: skip
     for rows, images in made:
@@ -50,17 +50,17 @@ def dali_batches(views, start: int, stop: int, device: torch.device, dtype: torc
 class Views:
     """Iterates over ((N,) row numbers, (N, 3, H, W) channels-last views) for each (N, 4) array of `draws`.
 
-    images: (M, H, W, 3) uint8, or a list of M paths of image files, which DALI decodes and brings to `size`. Without
-    mean and std the views are uint8. The last of `draws` may be followed by others later: what is ahead is kept.
+    images: (M, H, W, 3) uint8, or FileImages, which DALI then decodes and brings to their size itself. Without mean and
+    std the views are uint8. Raises UserError, from the iteration, for a file that DALI cannot decode.
     """
 
-    def __init__(self, images, policy, seed, batch_size, draws, device="cpu", mean=None, std=None, flip=True, size=None,
+    def __init__(self, images, policy, seed, batch_size, draws, device="cpu", mean=None, std=None, flip=True,
                  num_threads=None):  # fmt: skip
         if reason := missing():
             raise UserError(f"augment_backend dali is not there: {reason}")
         self.images, self.policy, self.seed, self.flip = images, policy, seed, flip
-        self.files = not isinstance(images, np.ndarray)
-        self.height, self.width = (size, size) if self.files else images.shape[1:3]
+        self.files = isinstance(images, FileImages)
+        self.height, self.width = images.shape[1:3]
         self.draws = iter(draws)
         self.rows: list[np.ndarray] = []  # of the batches that DALI has been given and not yet returned
         device = torch.device(device)
@@ -70,7 +70,13 @@ class Views:
         return self
 
     def __next__(self) -> tuple[np.ndarray, Tensor]:
-        (views,) = self.pipeline.run()  # StopIteration comes from the source
+        try:
+            (views,) = self.pipeline.run()  # StopIteration comes from the source
+        except RuntimeError as error:
+            if self.files and (path := _undecodable(self.images.paths[np.concatenate(self.rows)])):
+                message = f"DALI cannot decode {path}: take another augment_backend, or in_memory true"
+                raise UserError(message) from error
+            raise
         rows = self.rows.pop(0)
         return rows, torch.from_dlpack(views.as_tensor()).permute(0, 3, 1, 2)
 
@@ -91,7 +97,7 @@ class Views:
         for i, k in zip(*np.nonzero(geometric), strict=True):
             matrix[i, k] = affine_matrix(OPS[op[i, k]], float(p.value[i, k]), self.height, self.width)
         op[geometric] = OPS.index("Rotate")  # which is done for all of them
-        images = [np.fromfile(self.images[row], dtype=np.uint8) for row in rows] if self.files else self.images[rows]
+        images = [np.fromfile(p, np.uint8) for p in self.images.paths[rows]] if self.files else self.images[rows]
         bits = np.where(op == OPS.index("Posterize"), p.value, 8).astype(np.int64)
         per_op = []
         for k in range(op.shape[1]):
@@ -100,6 +106,21 @@ class Views:
         crop = np.stack([p.row, p.col], 1).astype(np.int32)
         arrays = [images, p.flip.astype(np.int32), crop, anchor, extent, *per_op]
         return [array if isinstance(array, list) else np.ascontiguousarray(array) for array in arrays]
+
+
+def _undecodable(paths) -> str | None:
+    """The first of these files that DALI cannot decode: it does not say which it was."""
+    from nvidia.dali import fn, pipeline_def
+
+    for path in dict.fromkeys(paths.tolist()):
+        try:
+            data = np.fromfile(path, np.uint8)
+            pipeline_def(lambda data=data: fn.decoders.image(fn.external_source(lambda: [data], batch=True)))(
+                batch_size=1, num_threads=1, device_id=None
+            ).run()
+        except (RuntimeError, OSError):
+            return path
+    return None
 
 
 def affine_matrix(op: str, value: float, height: int, width: int) -> np.ndarray:
@@ -210,9 +231,14 @@ def _build(source: Views, batch_size: int, device: torch.device, mean, std, num_
         )
         image, flip, crop, anchor, extent = inputs[:5]
         if source.files:
+            # As folders.fit: the middle square, brought to the size by a triangle filter.
+            shape = fn.peek_image_shape(image, dtype=types.FLOAT)[:2]
+            side = fn.reductions.min(shape)
+            start = (shape - side) / 2
             image = fn.decoders.image(image, device="mixed" if gpu else "cpu", output_type=types.RGB)
-            image = fn.resize(image, size=(height, width), mode="not_smaller", antialias=True)
-            image = fn.crop(image, crop=(height, width))
+            image = fn.resize(
+                image, size=(height, width), roi_start=start, roi_end=start + side, interp_type=types.INTERP_TRIANGULAR
+            )
         elif gpu:
             image = image.gpu()
         if not policy.ops_first:

@@ -36,7 +36,7 @@ def _no_rows():
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in memory, as uint8 RGB. A label of -1 is unknown."""
+    """Images as uint8 RGB, in memory; those to train on may be `folders.FileImages`. A label of -1 is unknown."""
 
     name: str
     train_images: np.ndarray  # (N, H, W, 3) uint8
@@ -57,13 +57,15 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     compat: str = "none",
+    in_memory: bool = True,
 ) -> "Dataset | Table":
     """One of DATASETS; those of `normatch.tables` are a Table.
 
     data_dir (default "data") holds the files in torchvision's layout, or one's own images.
 
     image_size: of one's own images, default as they are, or what suits most of them. compat="reference": STL-10 and
-    Mini-ImageNet as the published code handles them. Raises UserError for what the user can mend.
+    Mini-ImageNet as the published code handles them. in_memory=False: the training images of class folders and tables
+    stay in their files, for sets larger than memory. Raises UserError for what the user can mend.
     """
     folder = Path(data_dir or "data")
     if image_size is not None and not 1 <= image_size <= MAX_SIDE:
@@ -82,10 +84,10 @@ def load_dataset(
         from . import folders  # reads files only where there are some to read
 
         if name == "csv":
-            return folders.load_table(folder, image_size)
+            return folders.load_table(folder, image_size, in_memory)
         if name == "folder":
-            return folders.load_folder(folder, image_size)
-        return _miniimagenet(folder, image_size or 84, compat == "reference")
+            return folders.load_folder(folder, image_size, in_memory)
+        return _miniimagenet(folder, image_size or 84, compat == "reference", in_memory)
     if name == "imagenet":
         raise UserError("dataset 'imagenet' is not there yet; class folders of it can be read as --dataset folder")
     raise UserError(f"unknown dataset {name!r}{nearest(name, DATASETS)}; data sets: {', '.join(DATASETS)}")
@@ -252,7 +254,7 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def _miniimagenet(data_dir: Path, image_size: int, reference: bool) -> Dataset:
+def _miniimagenet(data_dir: Path, image_size: int, reference: bool, in_memory: bool) -> Dataset:
     """Mini-ImageNet in class folders train/ and test/, 100 classes at 84 px; all training images are the pool."""
     from . import folders
 
@@ -262,7 +264,7 @@ def _miniimagenet(data_dir: Path, image_size: int, reference: bool) -> Dataset:
         raise UserError(
             f"miniimagenet is not in {data_dir}: put its class folders there, as train/CLASS/* and test/CLASS/*"
         )
-    data = folders.load_folder(place, image_size)
+    data = folders.load_folder(place, image_size, in_memory)
     std = (0.229, 0.84 if reference else 0.224, 0.225)  # the published code has 0.84, surely for 0.224
     return replace(data, name="miniimagenet", mean=(0.485, 0.456, 0.406), std=std)
 

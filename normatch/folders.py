@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from .augment import MAX_SIDE
 from .data import Dataset
@@ -24,6 +26,7 @@ from .errors import UserError
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 MAX_PIXELS = 89_478_485  # Pillow's own limit, from which a small file is suspected to unpack to a huge image
 PARTS = ("train", "unlabeled", "val", "test")
+_THREADS = min(16, os.cpu_count() or 1)  # decoders do not hold Python's lock
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,47 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+class FileImages:
+    """N image files as an (N, size, size, 3) uint8 array that reads rows when it is asked for them, and keeps none.
+
+    Rows of it are those of the array that `read_all` would have made.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, paths: list[Path], size: int):
+        self.paths = np.array([str(path) for path in paths])  # one block of memory, which forked workers share
+        self.shape = (len(paths), size, size, 3)
+        self.nbytes = int(np.prod(self.shape))  # of the array that it stands for
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        """rows: anything that indexes one axis -> (n, size, size, 3), or (size, size, 3) for one row.
+
+        Raises UserError for a file that has become unreadable since the start.
+        """
+        paths = self.paths[rows]
+        if isinstance(paths, str):
+            return self[[rows]][0]
+        images = np.empty((len(paths), *self.shape[1:]), np.uint8)
+
+        def read(i: int) -> None:
+            try:
+                images[i] = fit(read_image(paths[i]), self.shape[1])
+            except (ValueError, OSError) as error:
+                raise UserError(f"{paths[i]} cannot be read any more: {_reason(error)}") from None
+
+        with _no_bomb_warnings():
+            if torch.utils.data.get_worker_info() is None:
+                with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+                    list(pool.map(read, range(len(paths))))
+            else:  # there are other workers for the other cores
+                list(map(read, range(len(paths))))
+        return images
 
 
 # ---- What there is
@@ -215,15 +259,15 @@ def _read_parquet(table: Path) -> tuple[list[str], list[tuple]]:
 # ---- All of them
 
 
-def load_folder(folder: Path, image_size: int | None = None) -> Dataset:
-    return _load("folder", folder, find_items(folder), image_size)
+def load_folder(folder: Path, image_size: int | None = None, in_memory: bool = True) -> Dataset:
+    return _load("folder", folder, find_items(folder), image_size, in_memory)
 
 
-def load_table(table: Path, image_size: int | None = None) -> Dataset:
-    return _load("csv", table, find_rows(table), image_size)
+def load_table(table: Path, image_size: int | None = None, in_memory: bool = True) -> Dataset:
+    return _load("csv", table, find_rows(table), image_size, in_memory)
 
 
-def _load(name: str, place: Path, items: list[Item], image_size: int | None) -> Dataset:
+def _load(name: str, place: Path, items: list[Item], image_size: int | None, in_memory: bool) -> Dataset:
     classes = class_names(place, items)
     number = {c: i for i, c in enumerate(classes)}
     parts = {part: [item for item in items if item.part == part] for part in PARTS}
@@ -233,7 +277,7 @@ def _load(name: str, place: Path, items: list[Item], image_size: int | None) -> 
         parts["test"] = parts["val"]
     size = image_size or common_size(items)
     order = parts["train"] + parts["unlabeled"] + (parts["val"] if parts["val"] is not parts["test"] else [])
-    images, kept = read_all(order, size, place)
+    images, kept = read_all(order, size, place, in_memory)
     labels = np.array([-1 if item.label is None else number[item.label] for item in kept], np.int64)
     validation = np.flatnonzero([item.part == "val" for item in kept])
     test_images, tests = read_all(parts["test"], size, place)
@@ -292,21 +336,27 @@ def common_size(items: list[Item], most: int = 224) -> int:
     return max(8, min(most, round(shorter[len(shorter) // 2] / 8) * 8))
 
 
-def read_all(items: list[Item], size: int, place: Path) -> tuple[np.ndarray, list[Item]]:
+def read_all(
+    items: list[Item], size: int, place: Path, in_memory: bool = True
+) -> tuple["np.ndarray | FileImages", list[Item]]:
     """-> (N, size, size, 3) uint8, and the N items they show: all but the unlabelled ones that cannot be read.
 
-    Threads decode them, as decoders do not hold Python's lock. An unreadable labelled image raises UserError.
+    An unreadable labelled image raises UserError. Without in_memory the images are read once, to know that they can
+    be, and again when they are asked for.
     """
-    images = np.empty((len(items), size, size, 3), np.uint8)
+    images = np.empty((len(items) if in_memory else 0, size, size, 3), np.uint8)
 
     def read(i: int) -> str | None:
         try:
-            images[i] = fit(read_image(items[i].path), size)
+            image = read_image(items[i].path)
+            if in_memory:
+                images[i] = fit(image, size)
         except (ValueError, OSError) as error:
             return _reason(error)
 
-    with _no_bomb_warnings(), ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        reasons = list(pool.map(read, range(len(items)), chunksize=1))
+    with _no_bomb_warnings(), ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        done = pool.map(read, range(len(items)))
+        reasons = list(tqdm(done, "reading images", len(items), unit="", delay=3, leave=False, disable=None))
     bad = [i for i, reason in enumerate(reasons) if reason is not None]
     for i in bad:
         if items[i].part != "unlabeled":
@@ -321,8 +371,8 @@ def read_all(items: list[Item], size: int, place: Path) -> tuple[np.ndarray, lis
             stacklevel=2,
         )
         keep = np.setdiff1d(np.arange(len(items)), bad)
-        images, items = images[keep], [items[i] for i in keep]
-    return images, items
+        images, items = images[keep] if in_memory else images, [items[i] for i in keep]
+    return images if in_memory else FileImages([item.path for item in items], size), items
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple, tuple]:
@@ -352,8 +402,9 @@ def check(place: Path, table: bool = False) -> tuple[list[str], int]:
         except (ValueError, OSError) as error:
             return None, None, f"{item.path}: {_reason(error)}"
 
-    with _no_bomb_warnings(), ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        for size, mode, problem in pool.map(look, items):
+    with _no_bomb_warnings(), ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        done = pool.map(look, items)
+        for size, mode, problem in tqdm(done, "looking", len(items), unit="", delay=3, leave=False, disable=None):
             if problem:
                 problems.append(problem)
             else:

@@ -205,7 +205,8 @@ def make_batches(
 
     backend: a name, or what `choose_backend` made of it. num_workers is for pil alone (default: 4 with a GPU, else 0).
     resident: whether the native backend keeps all training images in the device's memory; default: where they take at
-    most half of what is free. Otherwise each batch's images come through pinned buffers, gathered ahead by a thread.
+    most half of what is free. Otherwise each batch's images come through pinned buffers, filled ahead by a thread: from
+    the host's memory, or from image files.
     """
     device = torch.device(device)
     name, reason = choose_backend(backend, device) if isinstance(backend, str) else backend
@@ -216,13 +217,16 @@ def make_batches(
         from .dali import dali_batches
 
         return Batches(dali_batches(views, start, stop, device, dtype), name, reason)
+    images = views.dataset.train_images
+    in_memory = isinstance(images, np.ndarray)
     if resident is None:
-        resident = device.type == "cpu" or _fits(views.dataset.train_images.nbytes, device)
+        resident = in_memory and (device.type == "cpu" or _fits(images.nbytes, device))
     if resident:
         return Batches(_resident(views, start, stop, device, dtype), name, reason)
     stop_thread = threading.Event()
     batches = _streamed(views, start, stop, device, dtype, stop_thread)
-    return Batches(batches, name, f"{reason}; images stream through pinned memory", stop_thread.set)
+    origin = "" if in_memory else " from their files"
+    return Batches(batches, name, f"{reason}; images stream{origin} through pinned buffers", stop_thread.set)
 
 
 def _fits(size: int, device: torch.device) -> bool:
@@ -233,7 +237,7 @@ def _fits(size: int, device: torch.device) -> bool:
 def _by_pillow(views, start, stop, device, dtype, workers):
     pin = device.type == "cuda"
     mean, std = (torch.tensor(v, device=device) for v in (views.dataset.mean, views.dataset.std))
-    for batch in make_loader(views, start, stop, workers, pin_memory=pin):
+    for batch in _plain_errors(make_loader(views, start, stop, workers, pin_memory=pin)):
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         images = torch.cat([batch[key] for key in ("x", "u_weak", "u_strong") if key in batch])
         none = batch["y"][:0]
@@ -243,6 +247,15 @@ def _by_pillow(views, start, stop, device, dtype, workers):
             "u_y": batch.get("u_y", none),
             "u_index": batch.get("u_index", none),
         }
+
+
+def _plain_errors(batches):
+    """A worker's UserError comes with its traceback: its last line is the message."""
+    try:
+        yield from batches
+    except UserError as error:
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(message.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def _shared(images: np.ndarray) -> Tensor:
@@ -312,7 +325,9 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
     b = views.batch_size // views.ranks
     u = b * views.uratio
     cuda = device.type == "cuda"
-    source = _shared(dataset.train_images)
+    source = dataset.train_images
+    if isinstance(source, np.ndarray):
+        source = _shared(source)
     shape = (b + u, *source.shape[1:])
     buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=cuda) for _ in range(ahead)]
     free, filled = queue.Queue(), queue.Queue()
@@ -328,7 +343,10 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
                 if copied is not None:
                     copied.synchronize()  # the device has read what the buffer held
                 draws = torch.from_numpy(views.draws(step))
-                torch.index_select(source, 0, draws[: b + u, 0], out=buffer)
+                if isinstance(source, Tensor):
+                    torch.index_select(source, 0, draws[: b + u, 0], out=buffer)
+                else:
+                    buffer.numpy()[:] = source[draws[: b + u, 0].numpy()]
                 index = draws[:, 0].clone()
                 draws[: b + u, 0] = torch.arange(b + u)
                 draws[b + u :, 0] = torch.arange(b, b + u)  # strong views are of the weak views' images

@@ -16,10 +16,11 @@ from . import __version__, distributed, ops
 from .config import Config
 from .errors import UserError
 
-# What may differ between a checkpoint and the run that goes on from it: nothing here changes the weights.
+# What may differ between a checkpoint and the run that goes on from it: nothing here changes the weights, but for
+# the few pixels in which dali differs from the other backends.
 FREE_KEYS = {
-    "data_dir", "download", "device", "num_workers", "augment_backend", "compile", "log_every", "eval_every", "out",
-    "resume", "overwrite", "progress",
+    "data_dir", "download", "device", "in_memory", "num_workers", "augment_backend", "compile", "log_every",
+    "eval_every", "out", "resume", "overwrite", "progress",
 }  # fmt: skip
 
 

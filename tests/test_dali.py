@@ -13,8 +13,9 @@ from real_data import CIFAR10, ROOT
 from normatch import reference
 from normatch.augment import OPS, POLICIES, View
 from normatch.dali import Views, missing
-from normatch.data import load_dataset, split_labels
+from normatch.data import load_dataset, make_split, split_labels
 from normatch.errors import UserError
+from normatch.folders import FileImages
 from normatch.loader import StepViews, choose_backend, make_batches
 
 needs_dali = pytest.mark.skipif(missing() is not None, reason="DALI is not installed")
@@ -103,16 +104,50 @@ def test_batches_are_those_of_the_other_backends_from_any_step():
 
 
 @needs_dali
-def test_encoded_files_are_decoded_and_resized(tmp_path):
-    paths = []
-    for i, size in enumerate([(32, 32), (64, 48), (20, 90)]):
-        paths.append(tmp_path / f"{i}.png")
-        Image.new("RGB", size, (40 * i, 100, 200)).save(paths[-1])
-    draws = [np.stack([np.arange(3), np.arange(3), np.zeros(3, np.int64), np.ones(3, np.int64)], 1)]
-    (made,) = Views(paths, POLICIES["kekmodel"], 0, 3, draws, size=32)
-    rows, views = made
-    assert views.shape == (3, 3, 32, 32) and rows.tolist() == [0, 1, 2]
-    assert torch.equal(views[:, :, 5, 5], torch.tensor([[40 * i, 100, 200] for i in range(3)], dtype=torch.uint8))
+def test_encoded_files_are_decoded_and_resized(tmp_path, golden):
+    """Decoding gives Pillow's levels; resizing rounds otherwise, which is at most three levels of 255."""
+    photographs = golden("randaugment")["in/image"]
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    kinds = [
+        ("a.png", (32, 32), "RGB", {}), ("b.jpg", (32, 32), "RGB", {"quality": 90}), ("c.png", (32, 32), "P", {}),
+        ("d.png", (32, 32), "L", {}), ("e.jpg", (32, 32), "CMYK", {}),
+        ("f.jpg", (32, 32), "RGB", {"exif": orientation}), ("g.png", (64, 48), "RGB", {}),
+        ("h.jpg", (20, 91), "RGB", {}), ("i.webp", (33, 32), "RGB", {}),
+    ]  # fmt: skip
+    for name, size, mode, options in kinds:
+        Image.fromarray(photographs).resize(size).convert(mode).save(tmp_path / name, **options)
+    files = FileImages(sorted(tmp_path.iterdir()), 32)
+    rows = np.arange(len(kinds))
+    draws = [np.stack([rows, rows, 0 * rows, 0 * rows + int(View.UNLABELED_WEAK)], 1)]
+    ((got_rows, got),) = Views(files, KEK, 0, len(rows), draws)
+    want = reference.augment_views(torch.from_numpy(files[:]), torch.from_numpy(draws[0]), KEK, 0, dtype=torch.uint8)
+    assert got_rows.tolist() == rows.tolist()
+    apart = (got.int() - want.int()).abs().amax((1, 2, 3))
+    assert (apart[:6] == 0).all() and apart[6:].max() <= 3
+
+
+@needs_dali
+def test_batches_from_files_and_a_file_that_dali_cannot_decode(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        place = tmp_path / ("unlabeled" if i >= 8 else f"{'train' if i < 6 else 'test'}/{'ab'[i % 2]}")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
+
+    def batches(start, stop):
+        data = load_dataset("folder", tmp_path, in_memory=False)
+        steps = StepViews(data, make_split(data, 4, 0), "weak", 0, 2, 3)
+        return list(make_batches(steps, start, stop, "dali")), list(make_batches(steps, start, stop, "pil"))
+
+    for start in (0, 3):
+        for got, want in zip(*batches(start, 5), strict=True):
+            torch.testing.assert_close(got["images"], want["images"], rtol=0, atol=2e-6)
+            assert torch.equal(got["u_index"], want["u_index"])
+    (tmp_path / "unlabeled" / "9.png").unlink()
+    Image.new("RGB", (32, 32)).save(tmp_path / "unlabeled" / "9.gif")
+    with pytest.raises(UserError, match=r"DALI cannot decode .*9\.gif: take another augment_backend"):
+        batches(0, 5)
 
 
 def test_without_dali_everything_else_works():

@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from real_data import MNIST, ROOT
 
@@ -308,6 +309,51 @@ def test_a_pipe_does_not_hang(folder):
     os.mkfifo(folder / "unlabeled" / "pipe.png")
     with pytest.warns(UserWarning, match="not a regular file"):
         assert len(load_dataset("folder", folder).train_labels) == 14
+
+
+# ---- Images that stay in their files
+
+
+def batches_of(folder, start=0, backend="auto", num_workers=None, **load):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = load_dataset("folder", folder, **load)
+    steps = StepViews(data, make_split(data, 8, seed=0), "kekmodel", 0, 2, 3)
+    return make_batches(steps, start, 4, backend, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "pil"}, {"backend": "pil", "num_workers": 2}])
+def test_images_left_in_their_files_give_the_same_batches(folder, settings):
+    DAMAGE["truncated.jpg"][0](folder / "unlabeled" / "truncated.jpg")  # which has to be left out of both
+    put(folder / "train" / "dog" / "odd.png", picture(size=(31, 17), mode="L"))
+    want = list(batches_of(folder, image_size=16))
+    for start in (0, 2):
+        got = batches_of(folder, start, **settings, image_size=16, in_memory=False)
+        for batch, expected in zip(got, want[start:], strict=True):
+            assert all(torch.equal(batch[key], expected[key]) for key in expected)
+        if got.backend == "native":
+            assert "stream from their files" in got.reason
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "pil"}, {"backend": "pil", "num_workers": 1}])
+def test_a_file_that_vanishes_stops_the_run_with_its_name(folder, settings):
+    batches = batches_of(folder, **settings, in_memory=False)
+    for path in (folder / "unlabeled").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"\.jpg cannot be read any more: there is no such file") as raised:
+        list(batches)
+    one_line(raised)
+
+
+def test_rows_of_files_are_rows_of_the_array(folder):
+    files = load_dataset("folder", folder, in_memory=False).train_images
+    images = load_dataset("folder", folder).train_images
+    assert files.shape == images.shape and files.nbytes == images.nbytes and len(files) == len(images)
+    for rows in (3, slice(1, 9, 2), np.array([5, 0, 5]), np.arange(14) % 2 == 0):
+        assert np.array_equal(files[rows], images[rows])
+
+
+# ---- Folders that are not in order
 
 
 def empty(folder):
