@@ -9,7 +9,7 @@ from accuracy import assert_near, with_jacobian
 from torch import nn
 
 from normatch import UserError
-from normatch.flows import SCNF, ConditionalFlow, MaskedGlow, ToyFlow, initialize
+from normatch.flows import SCNF, ConditionalFlow, MaskedGlow, PointFlow, initialize
 from normatch.flows.layers import (
     ActNorm,
     ConditionalMaskedCoupling,
@@ -49,7 +49,7 @@ def recorded_layers(data):
         "actnorm_datainit": (datainit, [], True),
         "tologits": (Logit(0.95), [], True),
         "cond_shift": (ConditionalShift(), [shift], True),
-        "toy2d_flow": (ToyFlow(3), [], True),
+        "toy2d_flow": (PointFlow(steps=3), [], True),
     }
 
 
@@ -189,13 +189,15 @@ def test_published_models_have_their_numbers_of_parameters():
         f, h = MaskedGlow(), ConditionalFlow(196)
         assert parameters(f) == 6_299_987
         assert parameters(h) + 10 * h.embedding == 9_574_676
-        assert parameters(ToyFlow()) == 44_220
+        assert parameters(PointFlow()) == 44_220
 
 
 def randomised(model):
-    """No zero in it: what begins as the identity would hide mistakes."""
+    """No zero in it: what begins as the identity would hide mistakes. Its samples are close to the mean."""
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
+    model.aux_rho.data -= 4
+    model.deep_rho.data -= 4
     return model
 
 
@@ -205,8 +207,8 @@ def small_models():
         SCNF(MaskedGlow((1, 8, 8), 4, levels=None), ConditionalFlow(10, 4, 2, 1, 8), 3, class_prior=[2, 1, 1]),
     )
     yield "qr", SCNF(MaskedGlow((1, 8, 8), 4, "qr", levels=None), ConditionalFlow(5, 4, 1, 2, 8, "householder"), 4)
-    yield "plane", SCNF(ToyFlow(2, 8), ConditionalFlow(2, levels=1, steps=2, hidden=8), 2)
-    yield "shift", SCNF(ToyFlow(2, 8), "shift", 3)
+    yield "plane", SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, levels=1, steps=2, hidden=8), 2)
+    yield "shift", SCNF(PointFlow(2, 2, 8), "shift", 3)
 
 
 MODELS = [pytest.param(randomised(model.double()), id=name) for name, model in small_models()]
@@ -277,10 +279,10 @@ def test_mistakes_are_named(golden):
     with pytest.raises(UserError, match="another architecture"):
         SCNF(MaskedGlow((1, 12, 12), 8), ConditionalFlow(36, hidden=24, steps=2), 5).load_published(state)
     with pytest.raises(ValueError, match="3 positive numbers"):
-        SCNF(ToyFlow(), "shift", 3, class_prior=[1, 0, 2])
+        SCNF(PointFlow(), "shift", 3, class_prior=[1, 0, 2])
     with pytest.raises(ValueError, match="cannot tell 11 classes apart"):
-        SCNF(ToyFlow(), ConditionalFlow(2, levels=1), 11)
+        SCNF(PointFlow(), ConditionalFlow(2, levels=1), 11)
     with pytest.raises(ValueError, match="none left to couple at level 2"):
         ConditionalFlow(2, levels=2)
     with pytest.raises(ValueError, match="cannot be the deep ones"):
-        SCNF(ToyFlow(), ConditionalFlow(4), 2)
+        SCNF(PointFlow(), ConditionalFlow(4), 2)

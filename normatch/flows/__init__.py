@@ -5,7 +5,7 @@ from .flow import Flow
 from .head import Coupling, FlowHead
 from .layers import dequantize, initialize
 from .realnvp import Glow, GlowMNIST, RealNVP, RealNVPMNIST, RealNVPTabular
-from .scnf import SCNF, ConditionalFlow, MaskedGlow, ToyFlow
+from .scnf import SCNF, ConditionalFlow, MaskedGlow, PointFlow
 
 __all__ = [
     "SCNF",
@@ -20,10 +20,10 @@ __all__ = [
     "Glow",
     "GlowMNIST",
     "MaskedGlow",
+    "PointFlow",
     "RealNVP",
     "RealNVPMNIST",
     "RealNVPTabular",
-    "ToyFlow",
     "dequantize",
     "initialize",
 ]

@@ -127,19 +127,21 @@ class MaskedGlow(Flow):
         super().__init__(layers, shape, levels, reversible=reversible)
 
 
-class ToyFlow(Flow):
-    """x: (N, 2) -> z (N, 2), logdet (N,): SCNF's flow f of the plane, `steps` of convolution, coupling and ActNorm."""
+class PointFlow(Flow):
+    """x: (N, D) -> z (N, D), logdet (N,): `steps` of 1 x 1 convolution, coupling and ActNorm; SCNF's f of the plane."""
 
-    def __init__(self, steps: int = 5, width: int = 64):
-        def net():
-            return nn.Sequential(
-                nn.Linear(1, width), nn.LeakyReLU(), nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, 2)
-            )
+    def __init__(self, features: int = 2, steps: int = 5, width: int = 64):
+        first, second = features - features // 2, features // 2
 
-        layers = [
-            layer for _ in range(steps) for layer in (InvertibleConv(2), DoubleCoupling(net(), net()), ActNorm(2))
-        ]
-        super().__init__(layers, (2,))
+        def net(inputs, outputs):
+            layers = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, outputs)
+            return nn.Sequential(layers[0], nn.LeakyReLU(), layers[1], nn.LeakyReLU(), layers[2])
+
+        layers = []
+        for _ in range(steps):
+            nets = net(second, 2 * first), net(first, 2 * second)
+            layers += [InvertibleConv(features), DoubleCoupling(*nets), ActNorm(features)]
+        super().__init__(layers, (features,))
 
 
 class ConditionalFlow(nn.Module):
