@@ -206,7 +206,7 @@ def small_models():
         "image",
         SCNF(MaskedGlow((1, 8, 8), 4, levels=None), ConditionalFlow(10, 4, 2, 1, 8), 3, class_prior=[2, 1, 1]),
     )
-    yield "qr", SCNF(MaskedGlow((1, 8, 8), 4, "qr", levels=None), ConditionalFlow(5, 4, 1, 2, 8, "householder"), 4)
+    yield "odd", SCNF(PointFlow(5, 2, 8), ConditionalFlow(3, 4, 1, 2, 8, "qr"), 4)
     yield "plane", SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, levels=1, steps=2, hidden=8), 2)
     yield "shift", SCNF(PointFlow(2, 2, 8), "shift", 3)
 
