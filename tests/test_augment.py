@@ -24,7 +24,7 @@ from normatch.augment import (
     weak_views,
 )
 
-KEK, LEE = POLICIES["kekmodel"], POLICIES["leedoyup"]
+KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
 
 
 def one_view(flip=False, row=4, col=4, ops=(), values=(), box=(0, 0, -1, -1)) -> Parameters:
@@ -260,7 +260,7 @@ def assert_mean(values, mean, slack=0.0):
     assert abs(np.mean(values) - mean) <= 5 * np.std(values) / np.sqrt(np.size(values)) + slack
 
 
-@pytest.mark.parametrize("policy", [KEK, LEE])
+@pytest.mark.parametrize("policy", [KEK, LEE, PAPER])
 def test_draws_are_the_arithmetic_of_the_docstring(policy):
     """One view at a time, in scalars, from the words."""
     height, width = 40, 33
@@ -271,8 +271,9 @@ def test_draws_are_the_arithmetic_of_the_docstring(policy):
         assert p.flip[i] == words[0] >> 31
         assert (p.row[i], p.col[i]) == (words[1] * 11 >> 32, words[2] * 9 >> 32)
         side, cx, cy = f32(16), unit[5] * f32(width), unit[6] * f32(height)
-        if policy is LEE:
+        if policy is not KEK:
             side = unit[4] * f32(0.5) * f32(width)
+        if policy is LEE:
             cx, cy = (f32(n) + u * f32(1 - n) for n, u in ((width, unit[5]), (height, unit[6])))
         box = [int(max(f32(0), c - side / f32(2))) for c in (cx, cy)]
         box += [min(n - 1, int(min(f32(n), first + side))) for first, n in zip(box, (width, height), strict=True)]
@@ -281,15 +282,15 @@ def test_draws_are_the_arithmetic_of_the_docstring(policy):
             k = 8 + 4 * j
             op = words[k] * 14 >> 32
             value = table[op, words[k + 1] * 9 >> 32] if policy is KEK else None
-            if policy is LEE:
+            if policy is not KEK:
                 value = table[op, 0] + unit[k + 1] * (table[op, 1] - table[op, 0])
             if policy is KEK and OPS[op] in GEOMETRIC and words[k + 3] >> 31:
                 value = -value
             assert (p.op[i, j], p.value[i, j]) == (op, value)
-            assert p.applied[i, j] == (policy is LEE or words[k + 2] < 1 << 31)
+            assert p.applied[i, j] == (policy is not KEK or words[k + 2] < 1 << 31)
 
 
-@pytest.mark.parametrize("policy", [KEK, LEE])
+@pytest.mark.parametrize("policy", [KEK, LEE, PAPER])
 def test_operations_flips_and_crops_are_uniform(policy):
     p = draws(policy)
     assert p.op.shape == p.applied.shape == p.value.shape == (40_000, policy.num_ops)
@@ -321,15 +322,37 @@ def test_kekmodel_gates_levels_and_signs():
         assert_frequency(np.abs(p.value[p.op == OPS.index("Rotate")]) == degrees, 1 / 9)
 
 
-def test_leedoyup_values_are_continuous_over_the_range():
-    p = draws(LEE)
+@pytest.mark.parametrize("policy", [LEE, PAPER])
+def test_values_are_continuous_over_the_range(policy):
+    p = draws(policy)
     assert p.applied.all()
-    for op, (lo, hi) in LEE.ranges.items():
+    for op, (lo, hi) in policy.ranges.items():
         values = p.value[p.op == OPS.index(op)].astype(float) / (32 if op.startswith("Translate") else 1)
         assert values.min() >= lo - 1e-6 and values.max() <= hi + 1e-6
         assert len(np.unique(values)) > 0.99 * len(values)
         for quarter in (0.25, 0.5, 0.75):
             assert_frequency(values < lo + quarter * (hi - lo), quarter)
+
+
+def test_fixmatch_paper_is_what_the_paper_describes():
+    """Its transformations and ranges; two of them on every image, then Cutout of up to half the width, grey."""
+    fourteen = """AutoContrast Brightness:.05,.95 Color:.05,.95 Contrast:.05,.95 Equalize Identity Posterize:4,8
+        Rotate:-30,30 Sharpness:.05,.95 ShearX:-.3,.3 ShearY:-.3,.3 Solarize:0,256 TranslateX:-.3,.3
+        TranslateY:-.3,.3"""
+    listed = dict((*item.split(":"), None)[:2] for item in fourteen.split())
+    ranges = {op: tuple(map(float, ends.split(","))) for op, ends in listed.items() if ends}
+    assert set(PAPER.ops) == set(listed) and len(PAPER.ops) == 14 and PAPER.ranges == ranges
+    p, image = draws(PAPER, 20_000), np.full((1, 32, 32, 3), 200, np.uint8)
+    assert p.op.shape == (20_000, 2) and p.applied.all()
+    x0, y0, x1, y1 = p.box.astype(int).T
+    # A square of a side of U(0, 16), cut at the far edges only; both ends count.
+    assert (x1 - x0).max() == (y1 - y0).max() == 15 and (x1 >= x0).all() and (y1 >= y0).all()
+    whole = (x1 < 31) & (y1 < 31)
+    assert np.array_equal((x1 - x0)[whole], (y1 - y0)[whole]) and whole.mean() > 0.6
+    # Cutout comes last, after flip and crop; the crop reflects.
+    view = one_view(row=8, col=8, box=(28, 28, 31, 31))
+    out = strong_views(image, view, PAPER)[0]
+    assert (out[28:, 28:] == 127).all() and (out[:28] == 200).all()
 
 
 def test_cutout_areas_are_the_published_ones():

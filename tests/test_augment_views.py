@@ -1,5 +1,6 @@
 """The native views: Pillow's own pixels, for every operation, level and sign, on any backend and any batch."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,17 @@ from PIL import Image
 from real_data import CIFAR10
 
 from normatch import ops, reference
-from normatch.augment import GEOMETRIC, OPS, POLICIES, View, apply_op, draw_parameters, encode_policy, op_values
+from normatch.augment import (
+    GEOMETRIC,
+    OPS,
+    POLICIES,
+    View,
+    apply_op,
+    draw_parameters,
+    encode_policy,
+    op_values,
+    random_words,
+)
 from normatch.data import load_dataset
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
@@ -239,3 +250,18 @@ def test_wrong_arguments_are_named(change, error, message):
     given = {"images": torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "draws": draws_of(torch.arange(2)), "policy": KEK}
     with pytest.raises(error, match=message):
         ops.augment_views(**{**given, "seed": 0, **change})
+
+
+@with_kernels
+@pytest.mark.parametrize("device", DEVICES)
+def test_views_are_the_same_on_every_machine(device):
+    """By the CPU's kernel, the CUDA one and its emulation, whatever compiler made them: these bytes, once for all."""
+    words = random_words(0, 0, np.arange(48), 0, 768).astype("<u4").view(np.uint8).reshape(48, 32, 32, 3)
+    images = torch.from_numpy(words // 2 + np.arange(32, dtype=np.uint8)[:, None] * 3).to(device)
+    digest = hashlib.sha256()
+    for policy in (KEK, LEE, PAPER):
+        for view in View:
+            draws = draws_of(torch.arange(480) % 48, visit=5, view=int(view), samples=torch.arange(480))
+            views = ops.augment_views(images, draws.to(device), policy, 11, dtype=torch.uint8)
+            digest.update(views.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
+    assert digest.hexdigest() == "159f490d86c2441bc00ce6d1ada23a0b68d1b83fbda697210ea96ffdb915ed73"

@@ -448,3 +448,12 @@ def test_a_folder_of_mnist_images_trains(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_mini_imagenet_is_class_folders_at_84_pixels(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    (place / "mini-imagenet").symlink_to(folder)
+    data, published = (load_dataset("miniimagenet", place, compat=compat) for compat in ("none", "reference"))
+    assert data.name == "miniimagenet" and data.train_images.shape == (14, 84, 84, 3) and data.classes == ["cat", "dog"]
+    assert data.mean == published.mean == (0.485, 0.456, 0.406) and data.flip
+    assert (data.std[1], published.std[1]) == (0.224, 0.84)  # the published code's misprint, on request

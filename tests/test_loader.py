@@ -1,10 +1,14 @@
 """The batches of a run: functions of the step alone, whoever makes them."""
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from real_data import ROOT
 
 from normatch import ops
 from normatch.augment import POLICIES, View, draw_parameters, normalize, strong_views, weak_views
@@ -66,8 +70,9 @@ def test_labels_belong_to_their_images(dataset):
     assert any((steps[s]["u_y"] == -1).any() for s in range(5))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4")  # on a machine of two cores
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("policy", ["kekmodel", "leedoyup"])
 def test_workers_make_no_difference(dataset, workers, policy):
     steps = views(dataset, policy=policy)
     batches = list(make_loader(steps, 3, 9, num_workers=workers))
@@ -261,6 +266,52 @@ def test_the_images_are_in_memory_once(dataset):
         assert (next(batches)["images"][:8] == black).all()
     finally:
         dataset.train_images[:] = saved
+
+
+MEASURE = """
+import gc, os, sys
+import numpy as np
+from normatch.data import Dataset, split_labels
+from normatch.loader import StepViews, make_batches
+
+def proportional(pid):  # MB, where a page that n processes share counts 1/n for each
+    lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+def children():
+    return [int(pid) for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split()]
+
+backend, workers = sys.argv[1], int(sys.argv[2])
+warm = np.zeros((100, 32, 32, 3), np.uint8)
+def batches(images):
+    labels = np.arange(len(images)) % 10
+    half = (0.5,) * 3
+    data = Dataset("noise", images, labels, images[:1], labels[:1], list("abcdefghij"), half, half, flip=True)
+    split = split_labels(labels, 20, 10, seed=0)
+    return make_batches(StepViews(data, split, "weak", 0, 8, 3), 0, 60, backend, num_workers=workers)
+
+def total(images):
+    made = batches(images)
+    for _ in range(40):
+        next(made)
+    found = sum(map(proportional, [os.getpid(), *children()]))
+    made.close()
+    gc.collect()
+    return found
+
+before = total(warm)
+print(total(np.full((50_000, 32, 32, 3), 7, np.uint8)) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is measured as Linux reports it")
+@pytest.mark.parametrize(("backend", "workers"), [("auto", 0), ("pil", 4)])
+def test_fifty_thousand_images_take_their_154_megabytes_once(backend, workers):
+    """All processes of a run together, with as many images as CIFAR-10 has and with hardly any."""
+    command = [sys.executable, "-c", MEASURE, backend, str(workers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 140 < float(done.stdout) < 1.25 * 153.6 / 1.048576
 
 
 def test_read_only_images_are_fine(dataset):
