@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-from .augment import View, find_policy
+from .augment import OPS, View, draw_parameters, find_policy
 from .data import Dataset, load_dataset
 from .errors import UserError
 from .loader import BACKENDS, choose_backend
 
-_GAP, _TITLE = 4, 14
+_GAP = 6  # pixels
 
 
 def data_arguments(parser) -> None:
@@ -47,7 +47,8 @@ def data_command(options) -> int:
     print(f"{'mean':10} {', '.join(f'{m:.4f}' for m in dataset.mean)}")
     print(f"{'std':10} {', '.join(f'{s:.4f}' for s in dataset.std)}")
     print(f"{'views':10} {options.augment} by {backend} ({reason})")
-    sheet = contact_sheet(dataset, policy, backend, options.rows, options.weak, options.strong, options.seed)
+    title = f"{Path(place).name if name in ('folder', 'csv') and place else name}: {options.augment} by {backend}"
+    sheet = contact_sheet(dataset, policy, backend, options.rows, options.weak, options.strong, options.seed, title)
     try:
         sheet.save(options.out)
     except (OSError, ValueError) as error:
@@ -74,36 +75,78 @@ def describe(dataset: Dataset) -> list[str]:
 
 
 def contact_sheet(
-    dataset: Dataset, policy, backend: str = "native", rows: int = 8, weak: int = 3, strong: int = 6, seed: int = 0
+    dataset: Dataset,
+    policy,
+    backend: str = "native",
+    rows: int = 8,
+    weak: int = 3,
+    strong: int = 6,
+    seed: int = 0,
+    title: str = "",
 ) -> Image.Image:
-    """A row for each of `rows` training images, spread over the set: the image, then its weak and its strong views."""
+    """A row for each of `rows` training images, spread over the set: its class, the image, its weak and strong views.
+
+    Under a strong view stand the operations that made it, with their values.
+    """
     from .bench.views import views_of  # any backend, by name
 
     if rows < 1 or weak < 0 or strong < 0:
         raise UserError("rows must be at least 1, weak and strong at least 0")
     total = len(dataset.train_images)
     picked = np.linspace(0, total - 1, min(rows, total)).astype(np.int64)
+    images = dataset.train_images[picked]
     kinds = [View.UNLABELED_WEAK] * weak + [View.UNLABELED_STRONG] * strong
     visits = [*range(weak), *range(strong)]
-    grid = [dataset.train_images[picked][:, None]]
+    grid, captions = [images[:, None]], [[[]] * (1 + weak) for _ in picked]
     if kinds:
-        draws = np.array([[row, row, visit, kind] for row in picked for visit, kind in zip(visits, kinds, strict=True)])
-        views = views_of(dataset.train_images, draws, policy, seed, backend, dataset.flip)
-        grid.append(views.permute(0, 2, 3, 1).numpy().reshape(len(picked), len(kinds), *dataset.train_images.shape[1:]))
+        draws = np.array(
+            [[i, row, visit, kind] for i, row in enumerate(picked) for visit, kind in zip(visits, kinds, strict=True)]
+        )
+        views = views_of(images, draws, policy, seed, backend, dataset.flip)
+        grid.append(views.permute(0, 2, 3, 1).numpy().reshape(len(picked), len(kinds), *images.shape[1:]))
+        for sample, row in zip(picked, captions, strict=True):
+            row += _operations(policy, seed, sample, strong, *images.shape[1:3])
     tiles = np.concatenate(grid, axis=1)
-    zoom = max(1, 64 // max(tiles.shape[2:4]))
+    classes = ["no label" if label < 0 else dataset.classes[label] for label in dataset.train_labels[picked]]
+    return _draw(tiles, classes, captions, weak, title)
+
+
+def _operations(policy, seed: int, sample: int, strong: int, height: int, width: int) -> list[list[str]]:
+    """What is done in each of a sample's strong views, in order: "Rotate -12", ..."""
+    p = draw_parameters(policy, seed, np.arange(strong), np.full(strong, sample), View.UNLABELED_STRONG, height, width,
+                        strong=True)  # fmt: skip
+    names = [[OPS[op] for op in ops] for ops in p.op]
+    return [
+        [f"{op} {value:.3g}" if op in policy.ranges else op for op, value, done in zip(*view, strict=True) if done]
+        for view in zip(names, p.value.tolist(), p.applied, strict=True)
+    ]
+
+
+def _draw(tiles: np.ndarray, classes: list[str], captions: list[list[list[str]]], weak: int, title: str) -> Image.Image:
+    """tiles: (rows, columns, H, W, 3) -> the sheet."""
+    small, large = ImageFont.load_default(10), ImageFont.load_default(14)
+    zoom = max(1, 96 // max(tiles.shape[2:4]))
     height, width = tiles.shape[2] * zoom, tiles.shape[3] * zoom
-    sheet = Image.new(
-        "RGB",
-        (tiles.shape[1] * (width + _GAP) + _GAP, tiles.shape[0] * (height + _GAP) + _GAP + _TITLE),
-        (255, 255, 255),
-    )
-    for y, row in enumerate(tiles):
-        for x, tile in enumerate(row):
-            image = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (_GAP + x * (width + _GAP), _TITLE + _GAP + y * (height + _GAP)))
+    left = 2 * _GAP + max(int(large.getlength(_shortened(name))) for name in classes)
+    below = 12 * max(len(lines) for row in captions for lines in row)
+    top = (24 if title else 0) + 22
+    step_x, step_y = width + _GAP, height + below + _GAP
+    size = (left + tiles.shape[1] * step_x + _GAP, top + tiles.shape[0] * step_y + _GAP)
+    sheet = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    for column, title in ((0, "image"), (1, "weak"), (1 + weak, "strong")):
-        if column < tiles.shape[1] and (title != "weak" or weak) and (title != "strong" or strong):
-            draw.text((_GAP + column * (width + _GAP), 2), title, fill=(0, 0, 0))
+    draw.text((_GAP, 5), title, fill=(0, 0, 0), font=large)
+    for column, heading in ((0, "image"), (1, "weak"), (1 + weak, "strong")):
+        if column < tiles.shape[1] and (heading != "weak" or weak):
+            draw.text((left + column * step_x, top - 18), heading, fill=(90, 90, 90), font=large)
+    for y, (row, name, lines) in enumerate(zip(tiles, classes, captions, strict=True)):
+        draw.text((_GAP, top + y * step_y + height // 2 - 8), _shortened(name), fill=(0, 0, 0), font=large)
+        for x, (tile, caption) in enumerate(zip(row, lines, strict=True)):
+            place = (left + x * step_x, top + y * step_y)
+            sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), place)
+            for i, line in enumerate(caption):
+                draw.text((place[0], place[1] + height + 12 * i), line, fill=(90, 90, 90), font=small)
     return sheet
+
+
+def _shortened(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

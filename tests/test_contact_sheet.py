@@ -1,12 +1,13 @@
 """`normatch data`: the counts it prints, the picture it writes, and what it says of a damaged folder."""
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from normatch.augment import POLICIES
+from normatch.augment import POLICIES, View, draw_parameters, strong_views, weak_views
 from normatch.contact_sheet import contact_sheet, data_arguments, data_command, describe
 from normatch.data import load_dataset
 from normatch.errors import UserError
@@ -18,14 +19,36 @@ def run(*arguments):
     return data_command(parser.parse_args([str(a) for a in arguments]))
 
 
-def test_the_sheet_shows_images_and_views():
+def cells(sheet, columns, rows, side=96, gap=6):
+    """The tiles of a sheet, from its right and bottom margins."""
+    sheet = np.asarray(sheet)
+    left = sheet.shape[1] - gap - columns * (side + gap)
+    tops = []
+    for y in range(sheet.shape[0]):  # a row of pixels without gaps begins a row of tiles
+        if (sheet[y, left : left + side] != 255).mean() > 0.9 and (not tops or y >= tops[-1] + side):
+            tops.append(y)
+    assert len(tops) == rows
+    return [[sheet[y : y + side, left + i * (side + gap) :][:, :side] for i in range(columns)] for y in tops]
+
+
+def test_the_sheet_shows_images_views_and_what_made_them():
     digits = load_dataset("digits")
-    sheet = np.asarray(contact_sheet(digits, POLICIES["kekmodel"], "pil", rows=3, weak=1, strong=2))
-    assert sheet.shape == (14 + 4 + 3 * 68, 4 + 4 * 68, 3)
-    first = sheet[18 : 18 + 64 : 2, 4 : 4 + 64 : 2]
-    assert np.array_equal(first, digits.train_images[0])
-    cells = [sheet[18 : 18 + 64, 4 + 68 * i : 68 + 68 * i] for i in range(4)]
-    assert len({cell.tobytes() for cell in cells}) == 4
+    policy = replace(POLICIES["kekmodel"], ops=("Posterize",), ranges={"Posterize": (4, 4)}, probability=1.0)
+    sheet = contact_sheet(digits, policy, "pil", rows=3, weak=1, strong=2, title="digits: mine by pil")
+    found = cells(sheet, 4, 3)
+    p = draw_parameters(policy, 0, [0, 1], [0, 0], View.UNLABELED_STRONG, 32, 32, strong=True, flip=False)
+    weak = draw_parameters(policy, 0, 0, [0], View.UNLABELED_WEAK, 32, 32, strong=False, flip=False)
+    first = [
+        digits.train_images[:1],
+        weak_views(digits.train_images[:1], weak, "reflect"),
+        strong_views(digits.train_images[[0, 0]], p, policy),
+    ]
+    for cell, tile in zip(found[0], np.concatenate(first), strict=True):
+        assert np.array_equal(cell[::3, ::3], tile)
+    plain = contact_sheet(digits, policy, "pil", rows=3, weak=1, strong=2)
+    assert sheet.height == plain.height + 24 and plain.height == 22 + 3 * (96 + 2 * 12 + 6) + 6  # two lines of captions
+    none = contact_sheet(digits, replace(policy, probability=0.0), "pil", rows=3, weak=1, strong=2)
+    assert none.height == 22 + 3 * (96 + 6) + 6
 
 
 def test_backends_and_repetitions_draw_the_same_sheet():
@@ -39,7 +62,7 @@ def test_data_prints_counts_and_writes_the_picture(tmp_path, capsys):
     assert run("digits", "--out", tmp_path / "views.png") == 0
     text = capsys.readouterr().out
     assert "1297 images of 10 classes, 32x32" in text and "test       500 images" in text and "views.png" in text
-    assert Image.open(tmp_path / "views.png").width == 4 + 10 * 68
+    assert len(cells(Image.open(tmp_path / "views.png"), 10, 8)) == 8
 
 
 def test_a_folder_is_checked_and_shown(tmp_path, capsys):
@@ -75,8 +98,6 @@ def test_mistakes_are_one_line(tmp_path):
 
 
 def test_many_classes_are_summed_up():
-    from dataclasses import replace
-
     digits = load_dataset("digits")
     many = replace(digits, classes=[f"class {i}" for i in range(100)])
     assert any("and 80 more" in line for line in describe(many))
