@@ -17,6 +17,7 @@ _PUBLIC = {
     "train": "trainer",
     "evaluate": "evaluation",
     "load": "evaluation",
+    "FlowGMMClassifier": "estimator",
 }
 _MODULES = (
     "ops",

@@ -101,6 +101,20 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         contact_sheet.data_arguments(data)
         data.set_defaults(run=contact_sheet.data_command)
 
+    compare = commands.add_parser("compare", help="a flow and the classical baselines on the same labels, in one table")
+    compare.add_argument("preset", metavar="PRESET_OR_DATASET", help="such as flowgmm-ag-news, wine, moons")
+    compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    compare.add_argument("--data_dir", help="folder that holds the data set")
+    compare.add_argument("--num_labels", type=int, help="labelled rows (default: the preset's)")
+    compare.add_argument("--out", metavar="FILE", help="leave the table in FILE.md and the records in FILE.json")
+    compare.set_defaults(run=_compare)
+
+    embed = commands.add_parser("embed", help="embed texts by a sentence-transformers model on disk, for flows")
+    embed.add_argument("dataset", choices=("ag-news", "yahoo"))
+    embed.add_argument("--data_dir", help="folder that holds the texts; the embeddings are left there")
+    embed.add_argument("--model", required=True, help="folder of a sentence-transformers model")
+    embed.set_defaults(run=_embed)
+
     bench = commands.add_parser("bench", help="measure the ops, the augmentation backends or the loader side by side")
     benches = bench.add_subparsers(required=True, metavar="{kernels,augment,loader}")
     for name in ("kernels", "augment", "loader"):
@@ -226,6 +240,22 @@ def _plot(options) -> int:
     from .plot import plot
 
     print(plot(options.runs, options.out))
+    return 0
+
+
+def _compare(options) -> int:
+    from .baselines import compare
+
+    keys = {name: getattr(options, name) for name in ("data_dir", "num_labels")}
+    given = {name: value for name, value in keys.items() if value is not None}
+    print(compare(options.preset, options.seeds, options.out, **given), end="")
+    return 0
+
+
+def _embed(options) -> int:
+    from .tables import embed
+
+    print(embed(options.dataset, options.data_dir, options.model))
     return 0
 
 

@@ -63,19 +63,19 @@ def load_dataset(
 
     data_dir (default "data") holds the files in torchvision's layout, or one's own images.
 
-    image_size: of one's own images, default as they are, or what suits most of them. compat="reference": STL-10 and
-    Mini-ImageNet as the published code handles them. in_memory=False: the training images of class folders and tables
-    stay in their files, for sets larger than memory. Raises UserError for what the user can mend.
+    image_size: their side, default as they are, or of one's own images what suits most of them. compat="reference":
+    STL-10 and Mini-ImageNet as the published code handles them. in_memory=False: the training images of class folders
+    and tables stay in their files, for sets larger than memory. Raises UserError for what the user can mend.
     """
     folder = Path(data_dir or "data")
     if image_size is not None and not 1 <= image_size <= MAX_SIDE:
         raise UserError(f"image_size may be 1 to {MAX_SIDE}, not {image_size}")
     if name == "digits":
-        return _digits()
+        return _sized(_digits(), image_size)
     if name in _TORCHVISION:
-        return _from_torchvision(name, folder, download)
+        return _sized(_from_torchvision(name, folder, download), image_size)
     if name in ("svhn", "svhn+extra"):
-        return _svhn(name, folder, download)
+        return _sized(_svhn(name, folder, download), image_size)
     if name == "stl10":
         return _stl10(folder, download, compat == "reference")
     if name in TABLES:
@@ -252,6 +252,13 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
     for image, place in zip(images, out, strict=True):
         place[:] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
     return out
+
+
+def _sized(dataset: Dataset, size: int | None) -> Dataset:
+    if size in (None, dataset.train_images.shape[1]):
+        return dataset
+    images, test_images = (_resized(part, size) for part in (dataset.train_images, dataset.test_images))
+    return replace(dataset, train_images=images, test_images=test_images)
 
 
 def _miniimagenet(data_dir: Path, image_size: int, reference: bool, in_memory: bool) -> Dataset:

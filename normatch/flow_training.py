@@ -9,11 +9,20 @@ from torch import nn
 
 from . import distributed
 from .augment import normalize
-from .classifier import uses_bf16
 from .config import Config
 from .data import Dataset, Split, load_dataset, make_split
 from .errors import UserError
-from .flows import FlowClassifier, FlowDensity, GaussianMixture, RealNVPTabular
+from .flows import (
+    FlowClassifier,
+    FlowDensity,
+    GaussianMixture,
+    Glow,
+    GlowMNIST,
+    RealNVP,
+    RealNVPMNIST,
+    RealNVPTabular,
+    initialize,
+)
 from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, table_batches
 from .methods.flowgmm import FlowGMM, place_means
 from .optim import EMA, SCHEDULES, SWA
@@ -41,12 +50,12 @@ class FlowState(TrainingState):
             dataset = load_dataset(config.dataset, config.data_dir, config.download, config.image_size, config.compat)
             split = make_split(dataset, config.num_labels, config.seed, config.num_val)
         table = isinstance(dataset, Table)
-        if table != (config.flow == "tabular"):
-            kind = "a table, which needs --flow tabular" if table else "of images: --flow tabular is for tables"
-            raise UserError(f"{dataset.name} is {kind}")
-        if not table:  # the pixels of a density are in [0, 1]
-            dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
-            choose_backend(config.augment_backend, device)
+        if table and config.flow != "tabular":
+            raise UserError(f"{dataset.name} is a table and {config.flow} a flow of images: take --flow tabular")
+        if not table:
+            self.augment_backend = choose_backend(config.augment_backend, device)
+            if config.flow != "tabular":  # whose pixels are in [0, 1]
+                dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
         self.dataset, self.split, self.table = dataset, split, table
         uratio = config.uratio if config.lambda_u or config.consistency_weight else 0
         self.images_per_step = config.batch_size * (1 + uratio * (1 if table else 2))
@@ -56,12 +65,13 @@ class FlowState(TrainingState):
 
         self.channels = None if table else channels(dataset)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        model = make_flow(config, dataset, self.channels)
         x, y = self._labelled()
-        means = place_means(config.means, config.means_r, len(dataset.classes), model, x, y, x.shape[1:])
+        self.shape = tuple(x.shape[1:])  # of a sample, as the flow takes it
+        model = make_flow(config, self.shape)
+        initialize(model, x[:512])
+        means = place_means(config.means, config.means_r, len(dataset.classes), model, x, y, self.shape)
         prior = make_prior(config, means)
         self.objective = FLOW_METHODS[config.method](FlowClassifier(model, prior), config).to(device, dtype)
-        self.bf16 = uses_bf16(config.precision, device) and not table
         self.groups = parameter_groups(self.objective.model, config)
         self.optimizers = {"optimizer": OPTIMIZERS[config.optimizer](self.groups)}
         if config.swa_start is None:
@@ -76,11 +86,9 @@ class FlowState(TrainingState):
         if self.table:
             return table_batches(self.draws, start, config.steps, self.device, dtype)
         batches = make_batches(
-            self.draws, start, config.steps, config.augment_backend, self.device, torch.float32, config.num_workers
+            self.draws, start, config.steps, self.augment_backend, self.device, torch.float32, config.num_workers
         )
-        if self.channels == 3 and dtype == torch.float32:
-            return batches
-        prepared = ({**b, "images": b["images"][:, : self.channels].to(dtype)} for b in batches)
+        prepared = ({**b, "images": self._shaped(b["images"]).to(dtype)} for b in batches)
         return Batches(prepared, batches.backend, batches.reason, batches.close)
 
     def begin_step(self) -> float:
@@ -117,11 +125,14 @@ class FlowState(TrainingState):
             self.ema.resume(self.step)
 
     def content(self) -> dict:
-        facts = {"mean": torch.from_numpy(self.dataset.mean), "std": torch.from_numpy(self.dataset.std)}
-        if not self.table:
-            facts = {"mean": list(self.dataset.mean), "std": list(self.dataset.std)}
-            facts["image_size"] = self.dataset.train_images.shape[1]
-        return {**super().content(), "backbone": "flow", "channels": self.channels, **facts}
+        return {
+            **super().content(),
+            "backbone": "flow",
+            "shape": list(self.shape),
+            "mean": torch.as_tensor(self.dataset.mean).tolist(),
+            "std": torch.as_tensor(self.dataset.std).tolist(),
+            "image_size": None if self.table else self.dataset.train_images.shape[1],
+        }
 
     def _labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The labelled training samples, as the flow sees them."""
@@ -137,7 +148,12 @@ class FlowState(TrainingState):
             x = self.dataset.standardized(getattr(self.dataset, f"{part}_x")[rows])
             return torch.from_numpy(x).to(device)
         images = torch.from_numpy(getattr(self.dataset, f"{part}_images")[rows]).to(device)
-        return normalize(images, self.dataset.mean, self.dataset.std)[:, : self.channels]
+        return self._shaped(normalize(images, self.dataset.mean, self.dataset.std))
+
+    def _shaped(self, images: torch.Tensor) -> torch.Tensor:
+        """images: (n, 3, H, W) -> what the flow takes: (n, C, H, W), of a tabular flow (n, C H W)."""
+        images = images[:, : self.channels]
+        return images.flatten(1) if self.config.flow == "tabular" else images.contiguous()
 
     def _samples(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The samples to be judged by and their labels, of this process's share, on the device."""
@@ -166,11 +182,32 @@ def count(model: FlowDensity, x: torch.Tensor, labels: torch.Tensor, rows: int =
     return {"accuracy": 100 * right / n, "log_prob": log_prob / n}
 
 
-def make_flow(config: Config, dataset: Dataset | Table, channels: int | None) -> nn.Module:
-    """The flow that `config.flow` names, for samples of this data set."""
-    return RealNVPTabular(
-        dataset.train_x.shape[1], config.couplings, config.hidden, config.layers, config.dropout, config.zero_init
-    )
+def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:
+    """The flow that `config.flow` names, for samples of this shape: (D,) or (C, H, W)."""
+    if config.flow == "tabular":
+        return RealNVPTabular(
+            *shape, config.couplings, config.hidden, config.layers, config.dropout, zero_init=config.zero_init
+        )
+    kind, halvings, options = IMAGE_FLOWS[config.flow]
+    if config.flow in ("realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "glow"):
+        halvings, options = config.flow_scales - 1 + (config.flow == "glow"), {**options, "scales": config.flow_scales}
+    if shape[1] % 2**halvings or shape[2] % 2**halvings:
+        raise UserError(
+            f"flow {config.flow} halves an image {halvings} times: its side, {shape[1]}, must be divisible by "
+            f"{2**halvings}; --image_size gives another"
+        )
+    return kind(shape, width=config.flow_width, blocks=config.flow_blocks, reversible=config.reversible, **options)
+
+
+# flow: its class, how often it halves an image, its options
+IMAGE_FLOWS = {
+    "realnvp": (RealNVP, None, {}),
+    "realnvp-1x1": (RealNVP, None, {"conv": True}),
+    "realnvp-1x1-actnorm": (RealNVP, None, {"conv": True, "actnorm": True}),
+    "realnvp-mnist": (RealNVPMNIST, 2, {}),
+    "glow": (Glow, None, {}),
+    "glow-mnist": (GlowMNIST, 2, {}),
+}
 
 
 def make_prior(config: Config, means: torch.Tensor) -> GaussianMixture:

@@ -39,6 +39,7 @@ class Table:
         default_factory=lambda: np.empty(0, np.int64)
     )  # training rows that the data set itself holds out
     folds: tuple[np.ndarray, ...] = ()  # training rows of the published labelled sets
+    angular: bool = False  # whether rows are alike by the angle between them, as embedded texts are
 
     def standardized(self, x: np.ndarray) -> np.ndarray:
         """x: (n, D), as the data set has them -> (n, D) float32, as a model sees them."""
@@ -81,14 +82,21 @@ def check_features(x: np.ndarray, where: str, names=None):
         raise UserError(f"{where}: {len(constant)} columns are constant ({shown}): leave them out, they tell nothing")
 
 
-def _make(name, train, train_labels, test, test_labels, classes, standardize=True, **more) -> Table:
+def _make(name, train, train_labels, test, test_labels, classes, scale="column", **more) -> Table:
+    """scale: "column", each by its own standard deviation; "common", all by one; "none", the units are to be kept."""
     train, test = np.asarray(train, np.float32), np.asarray(test, np.float32)
     check_features(train, f"{name}, training rows")
     if not np.isfinite(test).all():
         raise UserError(f"{name}, test rows: some features are NaN or infinite")
+    for labels in (train_labels, test_labels):
+        if len(labels) and not -1 <= np.min(labels) <= np.max(labels) < len(classes):
+            raise UserError(f"{name}: labels must lie in 0..{len(classes) - 1}, or be -1 where they are unknown")
     d = train.shape[1]
-    mean = train.mean(0, dtype=np.float64) if standardize else np.zeros(d)
-    std = train.std(0, dtype=np.float64) if standardize else np.ones(d)
+    mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+    if scale == "common":
+        std = np.full(d, np.sqrt((std**2).mean()))
+    elif scale == "none":
+        mean, std = np.zeros(d), np.ones(d)
     return Table(
         name, train, np.asarray(train_labels, np.int64), test, np.asarray(test_labels, np.int64), list(classes),
         mean.astype(np.float32), std.astype(np.float32), **more,
@@ -129,7 +137,7 @@ def _toy(name: str) -> Table:
         for label, count in enumerate(counts):
             rows = [np.flatnonzero(clusters == c) for c in np.unique(clusters[y == label])]
             labeled += [rows[i % len(rows)][i // len(rows)] for i in range(count)]
-    return _make(name, x, y, x, y, classes, standardize=False, folds=(np.sort(np.array(labeled, np.int64)),))
+    return _make(name, x, y, x, y, classes, scale="none", folds=(np.sort(np.array(labeled, np.int64)),))
 
 
 def pinwheel(n: int, arms: int, rng: np.random.RandomState, radial=0.3, tangential=0.1, rate=0.25):
@@ -166,7 +174,7 @@ def _picture(path) -> Table:
     row, column = np.divmod(pixel, 100)
     x = np.stack([column, 99 - row], 1) * (8 / 99) - 4 + 0.5 * (8 / 99) * rng.randn(len(pixel), 2)
     y = np.zeros(len(x), np.int64)
-    return _make("picture", x[:20000], y[:20000], x[20000:], y[20000:], ["all"], standardize=False)
+    return _make("picture", x[:20000], y[:20000], x[20000:], y[20000:], ["all"], scale="none")
 
 
 # ---- scikit-learn's
@@ -194,7 +202,7 @@ def _bundled(name: str) -> Table:
         x = x[:, np.ptp(x[train], axis=0) > 0]  # three pixels of the margin are never inked
     else:
         train, test = train_test_split(np.arange(len(y)), test_size=0.2, random_state=0, stratify=y)
-    return _make(name, x[train], y[train], x[test], y[test], map(str, bunch.target_names))
+    return _make(name, x[train], y[train], x[test], y[test], [str(name) for name in bunch.target_names])
 
 
 # ---- UCI's
@@ -309,9 +317,9 @@ def _body(text: str) -> str:
 
 
 def _texts(name: str, folder: Path) -> Table:
-    """Texts as points: embedded by TF-IDF (of words and pairs of words) and a truncated SVD to 128 dimensions.
+    """Texts as points: embedded by TF-IDF (of words and pairs of words) and a truncated SVD to 64 dimensions.
 
-    The rows of the SVD are brought to length 1 before they are standardised.
+    The rows of the SVD are brought to length 1.
     """
     texts, y, test_texts, test_y, folder = read_texts(name, folder)
     if (folder / EMBEDDED).is_file():
@@ -329,14 +337,15 @@ def _texts(name: str, folder: Path) -> Table:
         from sklearn.preprocessing import Normalizer
 
         words = TfidfVectorizer(sublinear_tf=True, min_df=3, max_df=0.2, ngram_range=(1, 2), stop_words="english")
-        embed = make_pipeline(words, TruncatedSVD(128, random_state=0), Normalizer())
+        embed = make_pipeline(words, TruncatedSVD(64, random_state=0), Normalizer())
         try:
             x, test = embed.fit_transform(texts), embed.transform(test_texts)
         except ValueError as error:  # scikit-learn's, of a vocabulary that is empty or smaller than the SVD's
             raise UserError(
                 f"the {len(texts)} training texts of {name} hold few words to embed them by: {error}"
             ) from None
-    return _make(name, x, y, test, test_y, _TEXTS[name][1])
+    # Directions of little variance tell little of a text: by one scale they stay small.
+    return _make(name, x, y, test, test_y, _TEXTS[name][1], scale="common", angular=True)
 
 
 def embed(name: str, data_dir: str | Path | None, model: str) -> Path:

@@ -50,10 +50,12 @@ class FlowGMM(nn.Module):
         views, second = x[: b + u], (x[b + u :] if len(x) == b + 2 * u else x[b : b + u])
         if config.noise:
             views, second = (rows + config.noise * torch.randn_like(rows) for rows in (views, second))
-        if consistent:
-            with torch.no_grad():  # first, as published: the views' own BatchNorm statistics are the last to be seen
-                guess = self.model(second).class_log_prob.argmax(1)
-        out = self.model(views)
+        bf16 = config.precision == "bf16"  # the networks in the couplings alone; sums and likelihoods stay in fp32
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            if consistent:
+                with torch.no_grad():  # first, as published, so that BatchNorm sees the other views last
+                    guess = self.model(second).class_log_prob.argmax(1)
+            out = self.model(views)
 
         of_class = out.class_log_prob[:b].gather(1, y[:, None])[:, 0]
         joint = config.labelled_loss == "joint"

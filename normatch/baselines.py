@@ -1,0 +1,173 @@
+"""What a flow has to beat on few labels: scikit-learn's classics, a network with dropout, the Pi-model; their table."""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .config import PRESETS, make_config
+from .data import Split, load_dataset, make_split
+from .errors import UserError, nearest
+from .optim import SCHEDULES
+from .tables import Table
+
+# As published for FlowGMM's tables: how many unlabelled rows the graphs of label spreading hold.
+KNN_ROWS, RBF_ROWS = 10000, 5000
+
+
+def nearest_neighbours(x, y, unlabeled, test, angular, seed):
+    """The k of 1..19 with the best leave-one-out accuracy on the labelled rows."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    metric = "cosine" if angular else "euclidean"
+    order = KNeighborsClassifier(1, metric=metric).fit(x, y).kneighbors(n_neighbors=min(19, len(x) - 1))[1]
+    votes = np.cumsum(np.eye(y.max() + 1)[y[order]], axis=1)  # (n, k, K) of the row's own neighbours
+    k = 1 + int((votes.argmax(2) == y[:, None]).mean(0).argmax())
+    return KNeighborsClassifier(k, metric=metric).fit(x, y).predict(test)
+
+
+def logistic_regression(x, y, unlabeled, test, angular, seed):
+    """Multinomial, C = 1, on the labelled rows."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=3000).fit(x, y).predict(test)
+
+
+def knn_label_spreading(x, y, unlabeled, test, angular, seed):
+    """16 neighbours, alpha 0.1."""
+    return _label_spreading(x, y, unlabeled, test, angular, seed, KNN_ROWS, kernel="knn", n_neighbors=16, alpha=0.1)
+
+
+def rbf_label_spreading(x, y, unlabeled, test, angular, seed):
+    """exp(-4 (1 - cos)), or exp(-|a - b|^2 / (D / 2)) of standardised features; alpha = 2/3."""
+    gamma = 2.0 if angular else 2.0 / x.shape[1]
+    return _label_spreading(x, y, unlabeled, test, angular, seed, RBF_ROWS, kernel="rbf", gamma=gamma, alpha=2 / 3)
+
+
+def _label_spreading(x, y, unlabeled, test, angular, seed, rows, **options):
+    from sklearn.semi_supervised import LabelSpreading
+
+    chosen = np.random.RandomState(seed).permutation(len(unlabeled))[:rows]
+    points = np.concatenate((x, unlabeled[chosen]))
+    labels = np.concatenate((y, np.full(len(chosen), -1)))
+    if angular:
+        points, test = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (points, test))
+    return LabelSpreading(max_iter=200, tol=1e-3, **options).fit(points, labels).predict(test)
+
+
+def network(x, y, unlabeled, test, angular, seed):
+    """Three layers of 512 with dropout 0.5, cross-entropy on the labelled rows, AdamW 1e-3 with a cosine, 500 steps."""
+    return _train_network(x, y, unlabeled, test, seed, weight=0.0)
+
+
+def pi_model(x, y, unlabeled, test, angular, seed):
+    """The network, with two passes of dropout over 1,000 unlabelled rows a step that have to agree (weight 30)."""
+    return _train_network(x, y, unlabeled, test, seed, weight=30.0)
+
+
+def _train_network(x, y, unlabeled, test, seed, weight, steps=500, hidden=512, rows=1000):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        x, y, unlabeled, test = (torch.as_tensor(v) for v in (x, y, unlabeled, test))
+        net = nn.Sequential(
+            nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(hidden, int(y.max()) + 1),
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-5, fused=True)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 1e-3 * SCHEDULES["cosine"](step / steps)
+            loss = F.cross_entropy(net(x), y)
+            if weight:
+                some = unlabeled[torch.randint(len(unlabeled), (min(rows, len(unlabeled)),))]
+                loss = loss + weight * (net(some).softmax(1) - net(some).softmax(1).detach()).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        net.eval()
+        with torch.no_grad():
+            return net(test).argmax(1).numpy()
+
+
+BASELINES = {
+    "kNN": nearest_neighbours,
+    "logistic regression": logistic_regression,
+    "kNN label spreading": knn_label_spreading,
+    "RBF label spreading": rbf_label_spreading,
+    "network with dropout": network,
+    "Pi-model": pi_model,
+}
+
+
+def features(dataset) -> tuple[np.ndarray, np.ndarray]:
+    """A data set -> (N, D) training and (M, D) test rows: standardised, or the pixels of images in [0, 1]."""
+    if isinstance(dataset, Table):
+        return dataset.standardized(dataset.train_x), dataset.standardized(dataset.test_x)
+    grey = (dataset.train_images[:100] == dataset.train_images[:100, ..., :1]).all()
+    train, test = (images[..., :1] if grey else images for images in (dataset.train_images, dataset.test_images))
+    return tuple((images.reshape(len(images), -1) / 255).astype(np.float32) for images in (train, test))
+
+
+def baseline_accuracies(dataset, split: Split, seed: int):
+    """Yields (name, accuracy in percent, seconds) of each of BASELINES, trained on the split's rows."""
+    train, test = features(dataset)
+    y = dataset.train_labels[split.labeled]
+    angular = getattr(dataset, "angular", False)
+    for name, predict in BASELINES.items():
+        began = time.perf_counter()
+        predicted = predict(train[split.labeled], y, train[split.unlabeled], test, angular, seed)
+        yield name, 100 * float((predicted == dataset.test_labels).mean()), time.perf_counter() - began
+
+
+def compare(preset: str, seeds=(0, 1, 2), out: str | Path | None = None, runs: str | Path | None = None, **keys) -> str:
+    """The flow of a preset (or of a data set's first one) and all baselines, on the same labels: a Markdown table.
+
+    out: where to leave the records as JSON, and beside it the table.   runs: where to keep the flows' runs.
+    keys: of the configuration.
+    """
+    if preset not in PRESETS:
+        found = [name for name, values in PRESETS.items() if values["dataset"] == preset and "flow" in values["method"]]
+        if not found:
+            raise UserError(f"there is no preset or data set {preset!r} for a flow{nearest(preset, PRESETS)}")
+        preset = found[0]
+    from .trainer import train
+
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            config = make_config(
+                preset, **{**keys, "seed": seed, "out": str(Path(runs or folder) / f"{preset}-{seed}")}
+            )
+            # Images for the baselines as they are: a smaller size is the flow's affair.
+            dataset = load_dataset(config.dataset, config.data_dir, config.download)
+            split = make_split(dataset, config.num_labels, seed)
+            for name, accuracy, seconds in baseline_accuracies(dataset, split, seed):
+                records.append({"method": name, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
+                print(f"seed {seed}: {name} {accuracy:.2f} % ({seconds:.0f} s)", file=sys.stderr)
+            summary = train(config).summary
+            accuracy, seconds = summary["test_accuracy"], summary["seconds_total"]
+            records.append({"method": config.method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
+    table = comparison_table(records, f"{config.dataset}, {config.num_labels} labels")
+    if out:
+        out = Path(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+        out.with_suffix(".md").write_text(table)
+    return table
+
+
+def comparison_table(records: list[dict], title: str) -> str:
+    rows = [f"| {title} | test accuracy, % | seeds | seconds |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(record["method"] for record in records):
+        own = [record for record in records if record["method"] == name]
+        accuracies = [record["test_accuracy"] for record in own]
+        each = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        seconds = np.mean([record["seconds"] for record in own])
+        rows.append(f"| {name} | {np.mean(accuracies):.1f} | {each} | {seconds:.0f} |")
+    return "\n".join(rows) + "\n"
