@@ -40,6 +40,17 @@ __device__ __forceinline__ void store_values(T* to, const Acc (&values)[kCount])
   }
 }
 
+// kCount values of a row from `column` on, zeros past its end; a pack of them where `packed` promises alignment.
+template <int kCount, typename T, typename Acc>
+__device__ __forceinline__ void load_padded(const T* row, int64_t column, int64_t width, bool packed,
+                                            Acc (&values)[kCount]) {
+  if (packed && column + kCount <= width) {
+    load_values(row + column, values);
+  } else {
+    for (int i = 0; i < kCount; ++i) values[i] = column + i < width ? Acc(row[column + i]) : Acc(0);
+  }
+}
+
 // Calls each(Count<n>, column) for [0, length) of a row that starts at `first`, shared among kThreads threads: single
 // values up to the first 16-byte boundary, whole packs, and the single values left over; only single ones where
 // `packed` is false.
@@ -79,6 +90,21 @@ template <int kThreads, typename Acc>
 __device__ __forceinline__ Acc lanes_sum(Acc sum) {
   for (int offset = kThreads / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
   return sum;
+}
+
+// log softmax(logits)_k = logits_k - top - log_sum. Every warp finds both for itself.
+struct Normaliser {
+  double top, log_sum;
+};
+
+template <typename Acc>
+__device__ __forceinline__ Normaliser normaliser(const Acc* logits, int classes) {
+  const int lane = threadIdx.x % kLanesOfWarp;
+  double top = -INFINITY, sum = 0;
+  for (int k = lane; k < classes; k += kLanesOfWarp) top = max(top, double(logits[k]));
+  for (int offset = kLanesOfWarp / 2; offset > 0; offset /= 2) top = max(top, __shfl_xor_sync(kFullWarp, top, offset));
+  for (int k = lane; k < classes; k += kLanesOfWarp) sum += ::exp(double(logits[k]) - top);
+  return {top, ::log(lanes_sum<kLanesOfWarp>(sum))};
 }
 
 inline dim3 grid_of(int64_t blocks) {

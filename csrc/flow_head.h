@@ -2,8 +2,7 @@
 // the dropout that forward and backward draw alike.
 #pragma once
 
-#include "augment_views.h"  // philox
-#include "portable.h"
+#include "philox.h"
 
 namespace normatch {
 

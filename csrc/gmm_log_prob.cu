@@ -17,21 +17,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kFew = 16;  // classes whose sums a thread holds in registers
 
-// log softmax(logits)_k = logits_k - top - log_sum. Every warp finds both for itself.
-struct Normaliser {
-  double top, log_sum;
-};
-
-template <typename Acc>
-__device__ __forceinline__ Normaliser normaliser(const Acc* logits, int classes) {
-  const int lane = threadIdx.x % kLanesOfWarp;
-  double top = -INFINITY, sum = 0;
-  for (int k = lane; k < classes; k += kLanesOfWarp) top = max(top, double(logits[k]));
-  for (int offset = kLanesOfWarp / 2; offset > 0; offset /= 2) top = max(top, __shfl_xor_sync(kFullWarp, top, offset));
-  for (int k = lane; k < classes; k += kLanesOfWarp) sum += ::exp(double(logits[k]) - top);
-  return {top, ::log(lanes_sum<kLanesOfWarp>(sum))};
-}
-
 template <typename Acc>
 struct Mixture {
   const Acc *rho, *logits;
@@ -79,17 +64,6 @@ struct Posterior {
     out.confidence[row] = 1 / sum;
   }
 };
-
-// kCount values of a row from `column` on, zeros past its end; a pack of them where `packed` promises alignment.
-template <int kCount, typename T, typename Acc>
-__device__ __forceinline__ void load_padded(const T* row, int64_t column, int64_t width, bool packed,
-                                            Acc (&values)[kCount]) {
-  if (packed && column + kCount <= width) {
-    load_values(row + column, values);
-  } else {
-    for (int i = 0; i < kCount; ++i) values[i] = column + i < width ? Acc(row[column + i]) : Acc(0);
-  }
-}
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,11 @@ const char* cpu_capability_name();
 }
 
 #ifdef NM_EMULATE
+#include <cstdint>
 namespace emulator {
 bool reversed();
-}
+int64_t launches();
+}  // namespace emulator
 #endif
 
 static py::dict build_info() {
@@ -34,4 +36,7 @@ static py::dict build_info() {
 PYBIND11_MODULE(NORMATCH_MODULE, m) {
   m.doc() = "normatch's compiled ops";
   m.def("build_info", &build_info, "What this extension was built with, as a dictionary of plain values.");
+#ifdef NM_EMULATE
+  m.def("launches", &emulator::launches, "How many kernels have been launched so far.");
+#endif
 }

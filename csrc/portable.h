@@ -113,6 +113,7 @@ struct alignas(16) Pack {
 
 #else
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #define NM_DEVICE_KEY CUDA
 #define NM_DYNAMIC_SHARED(type, name)                                \
@@ -131,6 +132,20 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace normatch {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Bytes of shared memory that a block may have on the device that `like` lives on.
+inline int64_t shared_memory_limit(const torch::stable::Tensor& like) {
+#ifdef NM_EMULATE
+  (void)like;
+  return emulator::kSharedLimit;
+#else
+  int bytes = 0;
+  const cudaError_t status =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, like.get_device_index());
+  if (status != cudaSuccess) throw std::runtime_error(std::string("normatch: ") + cudaGetErrorString(status));
+  return bytes;
+#endif
+}
 
 // Runs kernel(args...) on the current stream of the device that `like` lives on.
 template <typename... Params, typename... Args>

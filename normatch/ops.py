@@ -11,6 +11,7 @@ log-determinants and log-likelihoods are returned in it, in nats; for float64 al
 """
 
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -193,8 +194,8 @@ def _check_points(op: str, z: Tensor) -> None:
 
 
 def _check_no_nan(op: str, name: str, value: Tensor) -> None:
-    """Where looking costs nothing: not on a GPU, which would have to be waited for, nor while tracing."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value.isnan().any()):
+    """value: (K,). Where looking costs nothing: not on a GPU, which would have to be waited for, nor while tracing."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and any(map(math.isnan, value.tolist())):
         raise ValueError(f"{op}: {name} has values that are NaN")
 
 
@@ -606,18 +607,46 @@ _register("gmm_posterior", _gmm_posterior_fake, _gmm_posterior_backward, _gmm_po
 
 # ---- flow head ----------------------------------------------------------------------------------------------------
 
-_FUSED_HIDDEN, _FUSED_FEATURES = 128, 4096
+
+class _FusedLimits(NamedTuple):
+    """Up to where one kernel for the whole head is sensible."""
+
+    hidden: int
+    features: int
+    classes: float = float("inf")
+    couplings: float = float("inf")
+    parameters: float = float("inf")
 
 
-def flow_head_path(features: int, hidden: int, device: str | torch.device = "cpu") -> str:
+_FUSED_LIMITS = {
+    "cpu": _FusedLimits(hidden=128, features=4096),
+    # classes, couplings: what shared memory and a kernel's arguments hold (csrc/flow_head.cu). parameters: each of 32
+    # blocks, at the least, adds up gradients for itself, in 64 MB together.
+    "cuda": _FusedLimits(hidden=128, features=4096, classes=2048, couplings=64, parameters=2**19),
+}
+
+
+def flow_head_path(
+    features: int, hidden: int, device: str | torch.device = "cpu", classes: int = 1, couplings: int = 1
+) -> str:
     """How `flow_head` computes a head of this size: "fused", by one kernel, or "composed", by several.
 
     Fused where a kernel is built for the device and the networks are narrow (hidden <= 128, features <= 4096), so that
-    a tile of rows keeps its state in the cache and matrix products are too small for a library's to be faster.
-    Composed of library matrix products and the ops above elsewhere.
+    a tile of rows keeps its state in the cache and matrix products are too small for a library's to be faster. On a
+    GPU also classes <= 2048, couplings <= 64, and 2^19 parameters at most, of couplings and means together. Composed
+    of library matrix products and the ops above elsewhere.
     """
-    fits = hidden <= _FUSED_HIDDEN and features <= _FUSED_FEATURES
-    return "fused" if fits and torch.device(device).type in _KERNELS["flow_head"] else "composed"
+    device = torch.device(device).type
+    if device not in _KERNELS["flow_head"]:
+        return "composed"
+    limits = _FUSED_LIMITS["cuda" if _NAME == "emulated" else device]
+    half, other = features // 2, features - features // 2
+    weights = [
+        hidden * (kept + hidden + 2 * changed + 2) + 3 * changed for kept, changed in ((half, other), (other, half))
+    ]
+    parameters = classes * features + (couplings + 1) // 2 * weights[0] + couplings // 2 * weights[1]
+    found = (hidden, features, classes, couplings, parameters)
+    return "fused" if all(value <= limit for value, limit in zip(found, limits, strict=True)) else "composed"
 
 
 def flow_head(
@@ -646,12 +675,14 @@ def flow_head(
     The gradient rebuilds each coupling's input from its output: what is kept for it does not grow with their number.
 
     Raises TypeError for an argument that is no tensor or of a wrong dtype, and ValueError for a wrong shape, no
-    coupling, D < 2, K = 0, mixed devices, a negative eps or a dropout outside [0, 1]; the message names the argument.
+    coupling, D < 2, K = 0, mixed devices, a rho that is NaN (where that can be seen, as in `gmm_log_prob`), a negative
+    eps or a dropout outside [0, 1]; the message names the argument.
     """
     _check_flow_head(x, couplings, means, rho, logits, eps, dropout, seed)
     if seed is None or dropout == 0:
         seed, dropout = None, 0.0
-    if flow_head_path(x.shape[1], couplings[0][1].shape[0], x.device) == "composed":
+    sizes = x.shape[1], couplings[0][1].shape[0], x.device, means.shape[0], len(couplings)
+    if flow_head_path(*sizes) == "composed":
         with torch.autocast(x.device.type, enabled=False):
             return reference.compose_flow_head(
                 affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout, seed
@@ -706,6 +737,7 @@ def _check_flow_head(x, couplings, means, rho, logits, eps, dropout, seed) -> No
             if value.shape != shape:
                 _check_shape(op, f"{name} of couplings[{j}]", value, shape, "x and bias0 of couplings[0]")
     _check_mixture(op, "x", x, means, rho, logits, eps)
+    _check_no_nan(op, "rho", rho)
     if not isinstance(dropout, (int, float)):
         raise TypeError(f"{op}: dropout must be a number, not {type(dropout).__name__}")
     if not 0 <= dropout <= 1:

@@ -23,7 +23,7 @@ SIZES = [
     (1, 2, 1, 1, 1),
     (7, 33, 3, 8, 3),
     (33, 21, 10, 5, 2),
-    (70, 128, 10, 32, 6),
+    (38, 128, 10, 32, 6),
     (3, 123, 17, 33, 4),
     (9, 21, 4, 5, 24),  # deep: what is rebuilt from the output must not lose digits on the way
 ]
@@ -61,13 +61,19 @@ def taking_a_list(op, **options):
     return call
 
 
+def expected_path(device="cpu"):
+    return "fused" if device in ops.kernels()["flow_head"] else "composed"
+
+
 def dropped_out(device="cpu"):
     return {"dropout": 0.3, "seed": torch.tensor(-(2**62) - 12345, device=device)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [*((torch.float32, layout) for layout in LAYOUTS), *((dtype, "misaligned") for dtype in DTYPES[1:])],
+)
 def test_is_as_accurate_as_plain_pytorch(dtype, layout, device):
     for size in SIZES:
 
@@ -79,12 +85,25 @@ def test_is_as_accurate_as_plain_pytorch(dtype, layout, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_many_rows_and_classes_are_as_accurate_as_plain_pytorch(device):
-    for size in [(1500, 64, 10, 32, 4), (200, 512, 100, 32, 2)]:
+    for size in [(700, 64, 10, 32, 4), (100, 512, 100, 32, 2)]:
 
         def draw(size=size):
             return inputs(*size, device=device), grads(*size, device=device)
 
         check_accuracy(taking_a_list(ops.flow_head), taking_a_list(reference.flow_head), draw, names(size[-1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(9, 600, 3, 128, 1), (530, 260, 2, 128, 1), (3, 4000, 5, 4, 2)])
+def test_weights_and_states_beyond_shared_memory_are_as_accurate_as_plain_pytorch(size, device):
+    """What does not fit a block's shared memory: the weights with few or many rows, and the state of several rows."""
+    assert ops.flow_head_path(size[1], size[3], device, size[2], size[4]) == expected_path(device)
+    check_accuracy(
+        taking_a_list(ops.flow_head),
+        taking_a_list(reference.flow_head),
+        lambda: (inputs(*size, device=device), grads(*size, device=device)),
+        names(size[-1]),
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -139,34 +158,39 @@ def test_opcheck_of_the_gradient(given):
 
 
 @with_kernels
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", [{}, "dropout"])
-def test_compiles(options):
-    options = dropped_out() if options == "dropout" else options
+def test_compiles(options, device):
+    options = dropped_out(device) if options == "dropout" else options
     size = (33, 16, 4, 8, 3)
-    check_compiles(taking_a_list(ops.flow_head, **options), inputs(*size), grads(*size))
+    op = taking_a_list(ops.flow_head, **options)
+    check_compiles(op, inputs(*size, device=device), grads(*size, device=device))
 
 
 @with_kernels
-def test_gradients_with_odd_strides():
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_with_odd_strides(device):
     """After cat, transpose and expand gradients arrive as slices and views; they count like dense ones."""
     size = n, d, k, *_ = 33, 16, 4, 8, 2
-    args = inputs(*size)
+    args = inputs(*size, device=device)
     op = taking_a_list(ops.flow_head)
-    weights = torch.randn(d + k, n)
+    weights = torch.randn(d + k, n, device=device)
 
     def through_views(*values):
         z, logdet, class_log_prob, log_prob = op(*values)
         return (torch.cat([z, class_log_prob], 1).t() * weights).sum() + logdet.sum() - log_prob.sum()
 
-    got = run(through_views, args, [torch.tensor(1.0)])[1:]
-    dense = [weights.t()[:, :d].contiguous(), torch.ones(n), weights.t()[:, d:].contiguous(), -torch.ones(n)]
+    got = run(through_views, args, [torch.tensor(1.0, device=device)])[1:]
+    ones = torch.ones(n, device=device)
+    dense = [weights.t()[:, :d].contiguous(), ones, weights.t()[:, d:].contiguous(), -ones]
     for first, second in zip(got, run(op, args, dense)[4:], strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("index", range(4))
-def test_one_output_alone_has_gradients(index):
-    args = [value.requires_grad_() for value in inputs(7, 5, 3, 4, 2)]
+def test_one_output_alone_has_gradients(index, device):
+    args = [value.requires_grad_() for value in inputs(7, 5, 3, 4, 2, device=device)]
     used = {0: [0], 1: [0], 2: [0, 1, 2, 3], 3: [0, 1, 2, 3]}[index]  # the mixture does not enter z and logdet
     found = []
     for module in (ops, reference):
@@ -187,14 +211,18 @@ def test_parameters_of_another_dtype_get_their_gradients_in_that_dtype():
     assert all(value.grad.dtype == torch.bfloat16 for value in others)
 
 
-@pytest.mark.parametrize("size", [(2000, 20, 3, 8, 3), (3, 1000, 20, 4, 2)])
-def test_same_bits_every_time(size):
-    check_repeatable(taking_a_list(ops.flow_head, **dropped_out()), inputs(*size), grads(*size))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(700, 20, 3, 8, 3), (3, 1000, 20, 4, 2)])
+def test_same_bits_every_time(size, device):
+    op = taking_a_list(ops.flow_head, **dropped_out(device))
+    check_repeatable(op, inputs(*size, device=device), grads(*size, device=device))
 
 
 @with_kernels
-def test_a_row_does_not_depend_on_the_others():
-    args = inputs(70, 33, 3, 8, 3)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [70, 600])  # with few rows and with many the GPU takes tiles of different heights
+def test_a_row_does_not_depend_on_the_others(rows, device):
+    args = inputs(rows, 33, 3, 8, 3, device=device)
     op = taking_a_list(ops.flow_head)
     for whole, part in zip(op(*args), op(args[0][5:50], *args[1:]), strict=True):
         assert torch.equal(whole[5:50], part)
@@ -229,8 +257,9 @@ def test_dropout_of_none_and_of_all(dropout):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-4)
 
 
-def test_special_values_stay_in_their_row():
-    args = inputs(40, 9, 3, 4, 3)
+@pytest.mark.parametrize("device", DEVICES)
+def test_special_values_stay_in_their_row(device):
+    args = inputs(40, 9, 3, 4, 3, device=device)
     clean = taking_a_list(ops.flow_head)(*args)
     args[0][7, 2], args[0][11, 5] = float("nan"), float("inf")
     touched = taking_a_list(ops.flow_head)(*args)
@@ -278,17 +307,95 @@ def test_a_training_step_dispatches_at_most_four_operations(dropout):
             return func(*args, **(kwargs or {}))
 
     with Count():
-        out = head(x)
-        torch.autograd.backward([out.class_log_prob, out.log_prob], upstream)
+        train_head(head, x, upstream)
     assert all(p.grad is not None for p in head.parameters())
     assert len(found) <= 4, found
 
 
+def train_head(head, x, upstream):
+    out = head(x)
+    torch.autograd.backward([out.class_log_prob, out.log_prob], upstream)
+
+
+@pytest.mark.skipif(ops.backend()[0] != "emulated", reason="counts the launches of the emulator")
+@pytest.mark.parametrize("rows", [3, 600])
+@pytest.mark.parametrize(("features", "classes"), [(128, 10), (20, 100)])
+def test_emulated_launches(features, classes, rows):
+    """One launch forward, two backward."""
+    from normatch import _C_emulated
+
+    head, x = FlowHead(features, classes, couplings=2), torch.randn(rows, features)
+    before = _C_emulated.launches()
+    out = head(x)
+    assert _C_emulated.launches() - before == 1
+    out.log_prob.sum().backward()
+    assert _C_emulated.launches() - before == 3
+
+
+@pytest.mark.gpu
+@with_kernels
+def test_gpu_launches():
+    """A whole training step: the seed, one launch forward, two backward."""
+    from torch.profiler import ProfilerActivity, profile
+
+    head, x = FlowHead(128, 10).cuda(), torch.randn(512, 128, device="cuda")
+    upstream = [torch.randn(512, 10, device="cuda"), torch.randn(512, device="cuda")]
+    train_head(head, x, upstream)
+    head.zero_grad()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        train_head(head, x, upstream)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("flow_head" in name for name in kernels) == 3
+    assert len(kernels) <= 4, kernels
+
+
+@pytest.mark.gpu
+@with_kernels
+def test_cuda_graph_draws_anew():
+    """A captured step computes what an eager one does, with the seed that is there when it is replayed."""
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    args = [value.requires_grad_() for value in inputs(100, 128, 10, 32, 6, device="cuda")]
+    upstream = grads(100, 128, 10, device="cuda")
+    op = taking_a_list(ops.flow_head, dropout=0.5, seed=seed)
+
+    def step():
+        outputs = op(*args)
+        return [*outputs, *torch.autograd.grad(outputs, args, upstream)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in (1, 2):
+        seed.fill_(value)
+        graph.replay()
+        for got, expected in zip(captured, step(), strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_path_is_chosen_by_size():
-    fused = "cpu" in ops.kernels()["flow_head"]
-    assert ops.flow_head_path(128, 32) == ("fused" if fused else "composed")
+    fused = expected_path()
+    assert ops.flow_head_path(128, 32) == ops.flow_head_path(512, 32, "cpu", 100, 6) == fused
     assert ops.flow_head_path(128, 1024) == ops.flow_head_path(8192, 32) == "composed"
     assert ops.flow_head_path(128, 32, "meta") == "composed"
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "emulated"])
+def test_path_on_a_gpu_heeds_classes_couplings_and_parameters(device):
+    if device == "emulated":
+        if ops.backend()[0] != "emulated":
+            pytest.skip("the limits of the CUDA kernel, which is not in use")
+        device = "cpu"
+    sizes = {(128, 32, 10, 6): "fused", (128, 32, 10, 65): "composed", (16, 8, 3000, 2): "composed"}
+    sizes |= {(1024, 32, 100, 6): "fused", (4096, 32, 10, 6): "composed"}
+    for (features, hidden, classes, couplings), path in sizes.items():
+        assert ops.flow_head_path(features, hidden, device, classes, couplings) == path
 
 
 def test_composed_path_is_as_accurate_as_plain_pytorch():
@@ -325,6 +432,7 @@ def test_second_derivatives_raise():
         ({"means": torch.zeros(2, 5)}, ValueError, r"means must have shape \(2, 4\)"),
         ({"means": torch.zeros(0, 4)}, ValueError, "means must have at least one class"),
         ({"rho": torch.zeros(3)}, ValueError, r"rho must have shape \(2,\)"),
+        ({"rho": torch.tensor([0.0, float("nan")])}, ValueError, "rho has values that are NaN"),
         ({"logits": torch.zeros(2, device="meta")}, ValueError, "logits is on meta, but x on cpu"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
         ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\]"),

@@ -1,5 +1,7 @@
+#undef _FORTIFY_SOURCE  // which takes jumps from one stack to another for errors
 #include "cuda_shim.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -25,12 +27,20 @@ namespace {
 
 constexpr size_t kStack = 64 * 1024;
 
+// Copies that are on their way, and the commits they were made before.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int commit;
+};
+
 enum class State { kReady, kWaiting, kDone };
 
 struct Fibre {
-  ucontext_t context;
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
-  State state;
+  std::unique_ptr<unsigned char[]> stack;
+  jmp_buf place;  // where it goes on
+  State state = State::kReady;
   uint3 index;
   // What it waits for.
   Wait kind;
@@ -39,12 +49,16 @@ struct Fibre {
   uint64_t value;
   int source;
   uint64_t result;
+  std::vector<Copy> copies;
+  int commits;
 };
 
 std::vector<std::unique_ptr<Fibre>> fibres;  // kept from launch to launch for their stacks
-ucontext_t scheduler;
+jmp_buf scheduler;
+ucontext_t beginner;
 Fibre* current = nullptr;
 const std::function<void()>* body = nullptr;
+int64_t launched = 0;
 bool backwards = false;
 std::string fault;  // what a fibre found wrong: an exception cannot leave its stack
 std::unique_ptr<unsigned char[]> shared_memory;
@@ -67,31 +81,59 @@ void switch_to(Fibre& fibre) {
   void* fake = nullptr;
   enter(fibre.stack.get(), kStack, &fake);
 #endif
-  swapcontext(&scheduler, &fibre.context);
+  if (_setjmp(scheduler) == 0) _longjmp(fibre.place, 1);
 #if defined(__SANITIZE_ADDRESS__)
   entered(fake, nullptr, nullptr);
 #endif
 }
 
-void switch_back(bool last) {
+void switch_back() {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  enter(scheduler_stack, scheduler_stack_size, last ? nullptr : &fake);
+  enter(scheduler_stack, scheduler_stack_size, &fake);
 #endif
-  swapcontext(&current->context, &scheduler);
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
   entered(fake, &scheduler_stack, &scheduler_stack_size);
 #endif
-  (void)last;
 }
 
+// One body after another, once begin() has been told that the stack is in use.
 void fibre_main() {
 #if defined(__SANITIZE_ADDRESS__)
   entered(nullptr, &scheduler_stack, &scheduler_stack_size);
+  void* fake = nullptr;
+  enter(scheduler_stack, scheduler_stack_size, &fake);
 #endif
-  (*body)();
-  current->state = State::kDone;
-  switch_back(true);
+  if (_setjmp(current->place) == 0) setcontext(&beginner);
+#if defined(__SANITIZE_ADDRESS__)
+  entered(fake, &scheduler_stack, &scheduler_stack_size);
+#endif
+  for (;;) {
+    (*body)();
+    current->state = State::kDone;
+    switch_back();
+  }
+}
+
+// A change of context takes a system call, so it only gives a fibre its stack: from then on there are jumps.
+void begin(Fibre& fibre) {
+  fibre.stack.reset(new unsigned char[kStack]);
+  current = &fibre;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fibre.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, fibre_main, 0);
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  enter(fibre.stack.get(), kStack, &fake);
+#endif
+  swapcontext(&beginner, &context);
+#if defined(__SANITIZE_ADDRESS__)
+  entered(fake, nullptr, nullptr);
+#endif
 }
 
 std::string place(const Fibre& fibre) {
@@ -149,14 +191,12 @@ __attribute__((no_sanitize("address"))) void poison_shared(size_t dynamic_bytes)
 }
 
 void prepare(Fibre& fibre, size_t number) {
+  if (fibre.state != State::kDone) begin(fibre);  // for the first time, or left in the middle by a fault
   fibre.state = State::kReady;
+  fibre.copies.clear();
+  fibre.commits = 0;
   fibre.index = {unsigned(number % blockDim.x), unsigned(number / blockDim.x % blockDim.y),
                  unsigned(number / blockDim.x / blockDim.y)};
-  getcontext(&fibre.context);
-  fibre.context.uc_stack.ss_sp = fibre.stack.get();
-  fibre.context.uc_stack.ss_size = kStack;
-  fibre.context.uc_link = nullptr;
-  makecontext(&fibre.context, fibre_main, 0);
 }
 
 void run_block(size_t threads) {
@@ -188,6 +228,28 @@ void* dynamic_shared() {
   return shared_memory.get();
 }
 
+int64_t launches() {
+  return launched;
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || (uintptr_t(to) | uintptr_t(from)) % bytes)
+    fault = "an asynchronous copy of " + std::to_string(bytes) + " bytes, or to or from where it may not be";
+  current->copies.push_back({to, from, bytes, current->commits});
+}
+
+void commit_copies() {
+  ++current->commits;
+}
+
+void wait_for_copies(int but_the_last) {
+  std::vector<Copy>& copies = current->copies;
+  const auto is_done = [&](const Copy& copy) { return copy.commit < current->commits - but_the_last; };
+  for (const Copy& copy : copies)
+    if (is_done(copy)) memcpy(copy.to, copy.from, copy.bytes);
+  copies.erase(std::remove_if(copies.begin(), copies.end(), is_done), copies.end());
+}
+
 int lane() {
   return int((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize);
 }
@@ -201,7 +263,7 @@ uint64_t wait(Wait kind, uint64_t value, int source, unsigned mask, const char* 
   self.source = source;
   self.file = file;
   self.line = line;
-  switch_back(false);
+  switch_back();
   return self.result;
 }
 
@@ -209,13 +271,14 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function
   static std::mutex mutex;  // shared memory is static, and there is one scheduler
   const std::lock_guard<std::mutex> lock(mutex);
   backwards = reversed();
+  ++launched;
   const size_t threads = size_t(block.x) * block.y * block.z;
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || threads % warpSize)
     throw std::runtime_error("a block of " + std::to_string(threads) + " threads: not a multiple of 32 up to 1024");
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks, or too many in one direction");
-  if (dynamic_shared_bytes > 227 * 1024)
+  if (dynamic_shared_bytes > kSharedLimit)
     throw std::runtime_error(std::to_string(dynamic_shared_bytes) + " bytes of shared memory: no GPU has so much");
 
   while (fibres.size() < threads) fibres.push_back(std::make_unique<Fibre>());

@@ -7,6 +7,7 @@
 //  * a missing barrier shows as a result that depends on the order;
 //  * a barrier that not all threads of the block (all lanes of the warp) reach, or reach at different places, raises;
 //  * shared memory is filled with 0xff (NaN) before each block, so that its use before it is written shows;
+//  * what __pipeline_memcpy_async copies is not there before __pipeline_wait_prior;
 //  * an access out of bounds is found by AddressSanitizer, dynamic shared memory being an allocation of its own.
 // Not modelled: threads of a warp in lockstep, the memory model within a warp, streams, occupancy.
 #pragma once
@@ -36,6 +37,7 @@ constexpr int warpSize = 32;
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static __attribute__((section("nm_shared")))
 
 using std::max;
@@ -53,9 +55,16 @@ uint64_t wait(Wait kind, uint64_t value, int source, unsigned mask, const char* 
 // would hang on or silently get wrong.
 void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body);
 
+constexpr int kSharedLimit = 227 * 1024;  // bytes for a block
+
 void* dynamic_shared();
 int lane();
 bool reversed();
+int64_t launches();  // since the library was loaded
+
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(int but_the_last);
 
 template <typename T>
 T exchange(unsigned mask, T value, int source, const char* file, int line) {
@@ -101,6 +110,17 @@ inline int shuffle_width(int width) {
   NM_SHUFFLE(mask, value, emulator::up(delta, emulator::shuffle_width(__VA_ARGS__)))
 #define __shfl_xor_sync(mask, value, lanes, ...) \
   NM_SHUFFLE(mask, value, emulator::across(lanes, emulator::shuffle_width(__VA_ARGS__)))
+
+// Of <cuda_pipeline_primitives.h>.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  emulator::copy_async(to, from, bytes);
+}
+inline void __pipeline_commit() {
+  emulator::commit_copies();
+}
+inline void __pipeline_wait_prior(int but_the_last) {
+  emulator::wait_for_copies(but_the_last);
+}
 
 // Atomics on integers only: those on floats would make sums depend on the order of the threads.
 template <typename T>
