@@ -7,11 +7,13 @@ from . import distributed
 from .backbones import Classifier, build_backbone
 from .config import Config
 from .data import load_dataset, make_split
+from .errors import UserError
 from .evaluation import accuracy
 from .loader import Batches, StepViews, choose_backend, make_batches
 from .methods import METHODS
 from .optim import EMA, cosine_7_16, decay_groups
 from .state import TrainingState
+from .tables import Table
 
 
 class ClassifierState(TrainingState):
@@ -22,6 +24,10 @@ class ClassifierState(TrainingState):
         self.dataset = load_dataset(
             config.dataset, config.data_dir, config.download, config.image_size, config.compat, config.in_memory
         )
+        if isinstance(self.dataset, Table):
+            raise UserError(
+                f"{self.dataset.name} is a table: the methods that train on tables are flows, --method flowgmm"
+            )
         self.split = make_split(self.dataset, config.num_labels, config.seed, config.num_val)
         uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
         self.images_per_step = config.batch_size * (1 + 2 * uratio)

@@ -284,9 +284,11 @@ PRESETS = {
         "means": "from_latent",
         "means_r": 1.0,
         "means_trainable": True,
-        "lr_gmm": 1e-3,
+        "lr": 3e-4,
+        "lr_gmm": 1e-2,
+        "lambda_u": 10.0,
         "noise": 0.1,
-        "steps": 400,
+        "steps": 300,
         "eval_every": 100,
     },
     "flowgmm-ag-news-published": {

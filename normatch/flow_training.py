@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from .augment import normalize
 from .config import Config
 from .data import Dataset, Split, load_dataset, make_split
 from .errors import UserError
+from .flow_figures import leave_figures
 from .flows import (
     FlowClassifier,
     FlowDensity,
@@ -134,11 +136,27 @@ class FlowState(TrainingState):
             "image_size": None if self.table else self.dataset.train_images.shape[1],
         }
 
+    def leave_figures(self, folder: Path):
+        known = np.full(len(self.dataset.train_labels), -1)
+        known[self.split.labeled] = self.dataset.train_labels[self.split.labeled]
+        rows = np.random.RandomState(0).permutation(len(known))[:5000]
+        # The labelled ones among them too: all where there are few.
+        rows = np.union1d(rows, self.split.labeled[:1000])
+        dtype = self.objective.model.prior.means.dtype
+        train = self._input(rows, "train", self.device).to(dtype), torch.from_numpy(known[rows])
+        test = self._samples("test")
+        leave_figures(folder, self.ema.module.model, train, test, shuffled(test[0]), self.dataset.classes)
+
     def _labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The labelled training samples, as the flow sees them."""
         rows = self.split.labeled
         y = torch.from_numpy(self.dataset.train_labels[rows])
-        missing = np.setdiff1d(np.arange(len(self.dataset.classes)), y.numpy())
+        classes = len(self.dataset.classes)
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise UserError(
+                f"{self.dataset.name}: labels must lie in 0..{classes - 1}, or be -1 where they are unknown"
+            )
+        missing = np.setdiff1d(np.arange(classes), y.numpy())
         if len(missing):
             raise UserError(f"class {self.dataset.classes[missing[0]]!r} has no labelled row")
         return self._input(rows, "train", torch.device("cpu")), y
@@ -165,6 +183,14 @@ class FlowState(TrainingState):
             x = self._input(rows[own], of, self.device)
             self._tests[part] = x.to(self.objective.model.prior.means.dtype), labels.to(self.device)
         return self._tests[part]
+
+
+def shuffled(x: torch.Tensor) -> torch.Tensor:
+    """x: (n, ...) -> each feature or pixel of another row: the same values one by one, and nothing that joins them."""
+    generator = torch.Generator().manual_seed(0)
+    flat = x.flatten(1)
+    order = torch.rand(flat.shape, generator=generator).argsort(0).to(x.device)
+    return flat.gather(0, order).view_as(x)
 
 
 @torch.inference_mode()

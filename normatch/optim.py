@@ -41,7 +41,7 @@ SCHEDULES = {
 class SWA:
     """Stochastic weight averaging (Izmailov et al. 2018) by `torch.optim.swa_utils`: the mean of every `every`-th step.
 
-    It begins at step `start`; up to there `module` is a copy. BatchNorm statistics are averaged like weights.
+    It begins with the weights after step `start`; up to there `module` is a copy. BatchNorm statistics are averaged like weights.
     """
 
     def __init__(self, module: nn.Module, start: int, every: int):
@@ -62,7 +62,7 @@ class SWA:
     def resume(self, step: int):
         """Go on as after `step` updates; the averaged weights themselves are the caller's to load."""
         self.step = step
-        self.averaged.n_averaged.fill_(max(0, (step - self.start) // self.every) if step > self.start else 1)
+        self.averaged.n_averaged.fill_(1 + max(0, (step - self.start) // self.every))
 
 
 class EMA:

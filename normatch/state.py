@@ -50,6 +50,9 @@ class TrainingState:
         """
         raise NotImplementedError
 
+    def leave_figures(self, folder: Path):
+        """Pictures of what was trained, into the run folder of a finished run; none where there are none to draw."""
+
     # ---- What they share.
 
     def finite(self) -> bool:

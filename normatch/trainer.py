@@ -175,6 +175,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     run.write_summary(summary)
     if rank == 0:
         leave_figure(run.folder)
+        state.leave_figures(run.folder)
     return Result(run.folder, summary)
 
 

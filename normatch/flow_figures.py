@@ -1,0 +1,238 @@
+"""Pictures of a trained flow, left in its run folder: the plane, the latent space, how far to trust it, samples."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .flows import FlowDensity
+
+COLOURS = ("#2b6cb0", "#c1440e", "#2f855a", "#805ad5", "#b7791f", "#0f766e", "#be185d", "#4d7c0f", "#475569", "#a16207")
+LABELLED = {"marker": "^", "s": 70, "edgecolors": "black", "linewidths": 0.9, "zorder": 5}
+
+
+@torch.inference_mode()
+def leave_figures(folder: Path, model: FlowDensity, train, test, other, classes: list[str]) -> list[Path]:
+    """Draw what there is to draw of a model in evaluation mode; returns the files.
+
+    train, test: (x (n, ...), y (n,)), where y is -1 for rows that the model was not told the label of.   other: (m,
+    ...) samples that are not of this distribution.
+
+        plane.png     of points of the plane: data, latent points, samples, grids through the flow and its inverse,
+                      decision regions
+        latent.png    distances of the means, confidence against accuracy, log p(x) here and elsewhere
+        samples.png   of images: drawn of each class, and along lines between test images in latent space
+    """
+    figures = {"latent.png": latent_figure(model, train, test, other, classes)}
+    if train[0].shape[1:] == (2,):
+        figures["plane.png"] = plane_figure(model, *train)
+    elif train[0].ndim == 4:
+        figures["samples.png"] = samples_figure(model, test[0], classes)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=110)
+    return [folder / name for name in figures]
+
+
+# ---- The plane
+
+
+def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: int = 150):
+    """x: (n, 2), y: (n,), -1 without label -> Figure of six panels, after the toys of Izmailov et al. 2020."""
+    figure, panels = _figure(2, 3, (13.5, 9))
+    out = model(x)
+    guess = out.class_log_prob.argmax(1).cpu().numpy()
+    z, known = out.z.cpu().numpy(), y.cpu().numpy()
+    x_limits, z_limits = _limits(x.cpu().numpy()), _limits(np.concatenate((z, model.prior.means.cpu().numpy())), 0.9)
+    drawn = model.prior.sample(1000)
+    sampled, of = model.inverse(drawn).cpu().numpy(), model.prior(drawn).argmax(1).cpu().numpy()
+    drawn = drawn.cpu().numpy()
+
+    _scatter(panels[0], x.cpu().numpy(), guess, known)
+    _grid(panels[0], x_limits, lambda line: line, x.device)
+    panels[0].set_title("Data, by the class they are given")
+    _scatter(panels[1], z, guess, known)
+    _grid(panels[1], x_limits, lambda line: model(line).z, x.device)
+    panels[1].set_title("In latent space z = f(x), with the grid")
+    axes = np.meshgrid(np.linspace(*x_limits[0], points), np.linspace(*x_limits[1], points))
+    plane = torch.tensor(np.stack([axis.ravel() for axis in axes], 1), dtype=x.dtype, device=x.device)
+    here = model(plane)
+    region = here.class_log_prob.argmax(1).cpu().numpy().reshape(points, points)
+    classes = here.class_log_prob.shape[1]
+    levels = np.arange(classes + 1) - 0.5
+    panels[2].contourf(*axes, region, levels=levels, colors=_colours(classes), alpha=0.35)
+    _scatter(panels[2], x.cpu().numpy(), guess, known)
+    panels[2].set_title("Decision regions")
+    _scatter(panels[3], drawn, of)
+    _grid(panels[3], z_limits, lambda line: line, x.device)
+    panels[3].set_title("Samples in latent space")
+    _scatter(panels[4], sampled, of)
+    _grid(panels[4], z_limits, model.inverse, x.device)
+    panels[4].set_title("Through the inverse, x = f⁻¹(z), with the grid")
+    density = here.log_prob.cpu().numpy().reshape(points, points)
+    shown = panels[5].imshow(
+        np.maximum(density, density.max() - 12), origin="lower", extent=(*x_limits[0], *x_limits[1]), aspect="auto"
+    )
+    figure.colorbar(shown, ax=panels[5], label="log p(x), nats")
+    panels[5].set_title("Density")
+    for index, axes in enumerate(panels):
+        limits = z_limits if index in (1, 3) else x_limits
+        axes.set(xlim=limits[0], ylim=limits[1])
+    return figure
+
+
+def _scatter(axes, points, labels, known=None):
+    for label in np.unique(labels):
+        rows = labels == label
+        axes.scatter(*points[rows].T, s=6, color=_colours(label + 1)[label], alpha=0.55, linewidths=0)
+    if known is not None:
+        for label in np.unique(known[known >= 0]):
+            axes.scatter(*points[known == label].T, color=_colours(label + 1)[label], **LABELLED)
+
+
+def _grid(axes, limits, through, device, lines=15, points=150):
+    """Lines of equal x_0 and of equal x_1, `through` a map of the plane."""
+    along = [torch.linspace(*limit, points, device=device) for limit in limits]
+    for axis in (0, 1):
+        for value in torch.linspace(*limits[axis], lines, device=device):
+            line = torch.stack((value.expand(points), along[1]) if axis == 0 else (along[0], value.expand(points)), 1)
+            axes.plot(*through(line).cpu().numpy().T, color="#555555", linewidth=0.4, alpha=0.6, zorder=0)
+
+
+def _limits(points, margin=0.25):
+    low, high = points.min(0), points.max(0)
+    pad = margin * np.maximum(high - low, 1e-6) / 2
+    return [(float(a), float(b)) for a, b in zip(low - pad, high + pad, strict=True)]
+
+
+# ---- Latent space and trust
+
+
+def latent_figure(model: FlowDensity, train, test, other, classes: list[str]):
+    """-> Figure: the distances of the means in widths, a reliability diagram, histograms of log p(x)."""
+    figure, panels = _figure(1, 3, (14.5, 4.4))
+    means = model.prior.means.cpu()
+    distance = (torch.cdist(means, means) / F.softplus(model.prior.rho).cpu().mean()).numpy()
+    shown = panels[0].imshow(distance, cmap="viridis")
+    figure.colorbar(shown, ax=panels[0], label="in widths σ")
+    panels[0].set_title("Distances of the means")
+    if len(classes) <= 12:
+        panels[0].set_xticks(range(len(classes)), classes, rotation=60, fontsize=7)
+        panels[0].set_yticks(range(len(classes)), classes, fontsize=7)
+        for i in range(len(classes)):
+            for j in range(len(classes)):
+                panels[0].text(
+                    j,
+                    i,
+                    f"{distance[i, j]:.1f}",
+                    ha="center",
+                    va="center",
+                    color="black" if distance[i, j] > 0.6 * distance.max() else "white",
+                    fontsize=6,
+                )
+
+    x, y = (part[:5000] for part in test)
+    outputs = _outputs(model, x)
+    tuned, judged = slice(0, None, 2), slice(1, None, 2)  # the temperature is fitted on the one, judged on the other
+    logits = outputs.class_log_prob
+    tau = temperature(logits[tuned], y[tuned]) if len(y) > 3 and len(classes) > 1 else 1.0
+    for value, colour in ((1.0, "#c1440e"), (tau, "#2b6cb0")):
+        confidence, accuracy, _, ece = reliability((logits[judged] / value).softmax(1), y[judged])
+        label = f"τ = {value:.3g}: ECE {ece:.3f}"
+        panels[1].plot(confidence, accuracy, "o-", color=colour, markersize=3, label=label)
+    panels[1].plot([0, 1], [0, 1], "--", color="#999999", linewidth=1)
+    panels[1].set(xlabel="confidence", ylabel="accuracy", title="Reliability, with a temperature τ", xlim=(0, 1.02))
+    panels[1].legend(loc="upper left", frameon=False, fontsize=8)
+
+    parts = {"training": _outputs(model, train[0][:5000]), "test": outputs, "elsewhere": _outputs(model, other[:5000])}
+    values = {name: part.log_prob.cpu().numpy() for name, part in parts.items()}
+    here = np.concatenate((values["training"], values["test"]))
+    low = min(np.percentile(v, 2) for v in values.values())
+    bins = np.linspace(max(low, np.median(here) - 40 * max(np.std(here), 1e-3)), np.percentile(here, 99.9), 60)
+    for (name, value), colour in zip(values.items(), COLOURS, strict=False):
+        shown = np.clip(value, bins[0], bins[-1])
+        weights = np.full(len(shown), 1 / len(shown))
+        panels[2].hist(shown, bins, weights=weights, alpha=0.5, color=colour, label=name)
+    panels[2].set(xlabel="log p(x), nats", ylabel="share", title="Density, in and out of the distribution")
+    panels[2].legend(loc="upper left", frameon=False, fontsize=8)
+    return figure
+
+
+def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
+    """logits: (n, K), y: (n,) -> the τ that minimises the cross-entropy of softmax(logits / τ) (Guo et al. 2017).
+
+    For equal widths it is one variance τ shared by all components (Izmailov et al. 2020, section 6.1). By golden
+    section over log τ in [-5, 7]: the cross-entropy is convex in 1/τ, hence has one minimum there.
+    """
+
+    def loss(log_tau):
+        return F.cross_entropy(logits.double() / np.exp(log_tau), y).item()
+
+    low, high, ratio = -5.0, 7.0, (5**0.5 - 1) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    at_a, at_b = loss(a), loss(b)
+    for _ in range(40):
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - ratio * (high - low)
+            at_a = loss(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + ratio * (high - low)
+            at_b = loss(b)
+    return float(np.exp((low + high) / 2))
+
+
+def reliability(probs: torch.Tensor, y: torch.Tensor, bins: int = 15):
+    """probs: (n, K), y: (n,) -> mean confidence, accuracy and share of each bin that is not empty; ECE."""
+    confidence, choice = (v.cpu().numpy() for v in probs.max(1))
+    right = choice == y.cpu().numpy()
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    full = count > 0
+    mean = np.bincount(index, confidence, bins)[full] / count[full]
+    accuracy = np.bincount(index, right, bins)[full] / count[full]
+    share = count[full] / max(1, len(right))
+    return mean, accuracy, share, float((share * np.abs(mean - accuracy)).sum())
+
+
+def _outputs(model, x, rows=1000):
+    return type(model(x[:1]))(
+        *(torch.cat(parts) for parts in zip(*(model(part) for part in x.split(rows)), strict=True))
+    )
+
+
+# ---- Images
+
+
+def samples_figure(model: FlowDensity, x: torch.Tensor, classes: list[str], columns: int = 10):
+    """x: (n, C, H, W) in [0, 1] -> Figure: `columns` samples of each class, and lines between pairs of images."""
+    k = min(len(classes), 12)
+    drawn = torch.cat([model.sample(columns, label) for label in range(k)]).clamp(0, 1)
+    ends = x[: 2 * (k // 2)]
+    z = model(ends).z
+    share = torch.linspace(0, 1, columns, device=x.device)[:, None]
+    lines = torch.cat([model.inverse(a + share * (b - a)) for a, b in zip(z[0::2], z[1::2], strict=True)]).clamp(0, 1)
+    figure, panels = _figure(1, 2, (11, 0.55 * k + 0.6))
+    for axes, images, title in zip(panels, (drawn, lines), ("Samples of each class", "Between images"), strict=True):
+        axes.imshow(_tiled(images, columns), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(title)
+        axes.axis("off")
+    return figure
+
+
+def _tiled(images, columns):
+    n, c, h, w = images.shape
+    tiles = images.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
+    return tiles.squeeze(-1).float().cpu().numpy()
+
+
+def _figure(rows, columns, size):
+    from matplotlib.figure import Figure  # without pyplot: no window, and nobody's own figures are touched
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _colours(n: int) -> list:
+    return [COLOURS[i % len(COLOURS)] for i in range(n)]

@@ -1,0 +1,264 @@
+"""FlowGMM: its losses against their definition, the rules for the means, whole runs on toys, mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+import normatch
+from normatch.config import make_config
+from normatch.data import Split
+from normatch.errors import UserError
+from normatch.flow_figures import reliability, temperature
+from normatch.flow_training import FlowState
+from normatch.flows import FlowClassifier, GaussianMixture, RealNVPTabular
+from normatch.methods.flowgmm import MEANS, FlowGMM, place_means, simplex
+from normatch.optim import SCHEDULES, SWA
+from normatch.run import load_checkpoint
+from normatch.tables import Table, load_table
+from normatch.verify import same
+
+CPU = torch.device("cpu")
+
+
+def model_of(features=3, classes=2):
+    torch.manual_seed(0)
+    flow = RealNVPTabular(features, couplings=2, hidden=8, layers=1)
+    return FlowClassifier(flow, GaussianMixture(torch.randn(classes, features), mixture_logits=torch.randn(classes)))
+
+
+def batch_of(b=4, u=6, views=1, features=3):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(b + views * u, features, generator=generator)
+    return {"images": images, "y": torch.arange(b) % 2, "u_y": torch.full((u,), -1)}
+
+
+def loss_of(model, batch, step=0, **keys):
+    return FlowGMM(model, make_config("moons", **keys))(batch, torch.tensor(step))
+
+
+@pytest.mark.parametrize("labelled_loss", ["joint", "classes"])
+def test_losses_are_those_of_the_paper(labelled_loss):
+    model, batch = model_of(), batch_of(views=2)
+    keys = {"labelled_loss": labelled_loss, "label_weight": 2.0, "lambda_u": 0.5, "consistency_weight": 3.0}
+    loss, metrics = loss_of(model, batch, step=5, consistency_rampup=10, **keys)
+
+    x, y = batch["images"], batch["y"]
+    joint = model.class_log_prob(x)  # log p(x, y = k)
+    with_label = joint[:4].gather(1, y[:, None])[:, 0]
+    if labelled_loss == "joint":
+        expected = 2 * -with_label.mean() + 0.5 * -joint[4:10].logsumexp(1).mean()
+    else:
+        expected = 2 * F.cross_entropy(joint[:4], y) + 0.5 * -joint[:10].logsumexp(1).mean()
+    given = model.log_prob(x[4:10], joint[10:].argmax(1))  # log p(x' | class of the second view)
+    expected = expected + 3.0 * 0.5 * -given.mean()  # half of the ramp
+    torch.testing.assert_close(loss, expected)
+    assert metrics["pseudo_label_accuracy"][1] == 0  # no label is known of these
+    loss.backward()
+    assert all(p.grad is not None for p in model.flow.parameters())
+
+
+def test_cross_entropy_and_marginal_of_labelled_rows_are_the_joint_objective():
+    model, batch = model_of(), batch_of(b=4, u=4)
+    batch["images"][4:] = batch["images"][:4]  # the same rows, so that both marginals have the same mean
+    classes, _ = loss_of(model, batch, labelled_loss="classes", label_weight=1.0, lambda_u=1.0)
+    joint, _ = loss_of(model, batch, labelled_loss="joint", label_weight=1.0, lambda_u=0.0)
+    torch.testing.assert_close(classes, joint)
+
+
+def test_labelled_only_looks_at_nothing_else():
+    model, batch = model_of(), batch_of()
+    alone, metrics = loss_of(model, batch, lambda_u=0.0)
+    batch["images"][4:] = float("nan")
+    torch.testing.assert_close(loss_of(model, batch, lambda_u=0.0)[0], alone)
+    assert "loss_u" not in metrics
+
+
+def test_noise_makes_a_second_view_of_a_row():
+    model, batch = model_of(), batch_of(b=2, u=50)
+    model.prior.means.data *= 0.1
+    torch.manual_seed(3)
+    _, quiet = loss_of(model, batch, consistency_weight=1.0, noise=0.0)
+    _, loud = loss_of(model, batch, consistency_weight=1.0, noise=3.0)
+    # Without noise the guess is the row's own most probable class; with it, not always.
+    out = model(batch["images"][2:])
+    own = (out.class_log_prob - model.log_class_prior()).gather(1, out.class_log_prob.argmax(1)[:, None])[:, 0]
+    torch.testing.assert_close(quiet["loss_consistency"][0], -(own + out.logdet).mean().detach())
+    assert loud["loss_consistency"][0] > quiet["loss_consistency"][0]
+
+
+# ---- Means
+
+
+def placed(rule, r=2.0, classes=3, features=6, shape=None):
+    torch.manual_seed(0)
+    flow = RealNVPTabular(features, couplings=2, hidden=8, layers=1)
+    x, y = torch.randn(9, features), torch.arange(9) % classes
+    return place_means(rule, r, classes, flow, x, y, shape), flow, x, y
+
+
+@pytest.mark.parametrize("rule", MEANS)
+def test_every_rule_places_a_mean_for_each_class(rule):
+    means, *_ = placed(rule, shape=(1, 3, 2) if rule == "split_dims_v2" else (6,))
+    assert means.shape == (3, 6) and means.isfinite().all() and torch.pdist(means).min() > 1e-3
+    twice, *_ = placed(rule, r=4.0, shape=(1, 3, 2) if rule == "split_dims_v2" else (6,))
+    if rule != "spread":  # which only pushes apart what is nearer than r
+        torch.testing.assert_close(twice, 2 * means)
+
+
+def test_means_that_are_known_in_closed_form():
+    diagonal, *_ = placed("diagonal", r=3.5, classes=2, features=2)
+    assert diagonal.tolist() == [[-3.5, -3.5], [3.5, 3.5]]
+    circle, *_ = placed("circle", r=3.5, classes=3, features=2)
+    torch.testing.assert_close(circle.norm(dim=1), torch.full((3,), 3.5))
+    torch.testing.assert_close(circle[0], torch.tensor([3.5, 0.0]))
+    antipodal, *_ = placed("antipodal", r=1.0, classes=2)
+    torch.testing.assert_close(antipodal[0], -antipodal[1])
+    assert abs(antipodal[0].norm() - 3.75) < 1e-5
+    pixels, *_ = placed("pixel_const", r=1.0, classes=10, features=12)
+    assert pixels[:, 0].tolist() == list(range(-4, 6))
+    stripes, *_ = placed("split_dims_v2", r=1.0, classes=10, features=3 * 4 * 2, shape=(3, 4, 2))
+    channel = stripes.view(10, 3, 8).sum(2).argmax(1)
+    assert channel.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]  # 3 + 3 + 4
+    for classes, features in ((4, 3), (4, 9), (5, 2), (2, 2)):
+        points = simplex(classes, features)
+        distances = torch.cdist(points, points)
+        assert abs(distances[distances > 1e-6].min() - 1) < 1e-5
+        if features >= classes - 1:
+            torch.testing.assert_close(torch.pdist(points), torch.ones(classes * (classes - 1) // 2))
+
+
+def test_means_from_data_are_class_means():
+    means, flow, x, y = placed("from_latent", r=1.0)
+    z = flow(x)[0]
+    torch.testing.assert_close(means, torch.stack([z[y == k].mean(0) for k in range(3)]))
+    means, flow, x, y = placed("from_data", r=1.0)
+    torch.testing.assert_close(means, torch.stack([x[y == k].mean(0) for k in range(3)]))
+    means, flow, x, y = placed("from_z", r=1.0)
+    torch.testing.assert_close(means[1], flow(x[y == 1].mean(0, keepdim=True))[0][0])
+    means, flow, x, y = placed("random_data", r=1.0)
+    torch.testing.assert_close(means[2], flow(x)[0][2])
+    means, *_ = placed("spread", r=20.0)
+    assert abs(torch.pdist(means).mean() - 20) < 1e-3 and means.mean(0).abs().max() < 1e-4
+
+
+# ---- Runs
+
+
+def tiny(out, preset="moons", **keys):
+    given = {"steps": 60, "hidden": 32, "eval_every": 30, "log_every": 15, "progress": False, "device": "cpu"}
+    return make_config(preset, out=str(out), **{**given, **keys})
+
+
+def test_training_teaches_the_moons_and_leaves_a_run_folder(tmp_path):
+    out = tmp_path / "run"
+    result = normatch.train(tiny(out, steps=300, eval_every=100, lr=3e-3, label_weight=1.0, lambda_u=1.0))
+    assert result.test_accuracy > 97  # untrained below 90, a straight line 88
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert train[-1]["loss_u"] < train[0]["loss_u"] - 1 and train[-1]["pseudo_label_accuracy"] > 0.95
+    assert "test_log_prob" in lines[-1]
+    assert json.loads((out / "summary.json").read_text())["test_accuracy"] == result.test_accuracy
+    assert yaml.safe_load((out / "config.yaml").read_text())["flow"] == "tabular"
+    for name in ("plane.png", "latent.png", "curves.png"):
+        assert (out / name).stat().st_size > 10000
+
+
+@pytest.mark.parametrize("keys", [{}, {"swa_start": 8, "swa_every": 3}], ids=["ema", "swa"])
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, keys):
+    noisy = {"steps": 20, "eval_every": 10, "dropout": 0.2, "noise": 0.1, "means_trainable": True, "covs_trainable": True, **keys}
+    normatch.train(tiny(tmp_path / "whole", **noisy))
+    normatch.train(tiny(tmp_path / "half", **noisy))
+    whole = load_checkpoint(tmp_path / "whole")
+    half = tmp_path / "half" / "checkpoints"
+    (half / "last.pt").write_bytes((half / "previous.pt").read_bytes())  # of step 10
+    assert load_checkpoint(tmp_path / "half")["step"] == 10
+    normatch.train(tiny(tmp_path / "half", resume="auto", **noisy))
+    again = load_checkpoint(tmp_path / "half")
+    assert same(whole["model"], again["model"]) and same(whole["ema"], again["ema"])
+    assert not same(whole["model"]["model.prior.means"], place(tmp_path))
+
+
+def place(folder):
+    return FlowState(tiny(folder), CPU).objective.model.prior.means.data
+
+
+def test_images_train_an_image_flow(tmp_path):
+    keys = {"dataset": "digits", "num_labels": 20, "image_size": 8, "flow": "realnvp", "flow_width": 4, "lr": 1e-3}
+    more = {"flow_blocks": 1, "batch_size": 4, "means_r": 0.3, "steps": 6, "eval_every": 6, "log_every": 3}
+    result = normatch.train(tiny(tmp_path / "run", "flowgmm-mnist-100", **keys, **more))
+    assert 0 <= result.test_accuracy <= 100
+    train = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert train[1]["loss_u"] < train[0]["loss_u"] and "loss_consistency" in train[0]
+    assert (tmp_path / "run" / "samples.png").stat().st_size > 5000
+
+
+def test_swa_is_the_mean_of_the_weights_it_saw():
+    layer = torch.nn.Linear(1, 1)
+    swa, seen = SWA(layer, start=2, every=2), []
+    for step in range(1, 7):
+        layer.weight.data.fill_(step)
+        swa.update(layer)
+        seen.append(swa.module.weight.item())
+    assert seen == [1, 2, 2, 3, 3, 4]  # a copy; then the means of 2 | 2, 4 | 2, 4, 6
+
+
+def test_schedules_are_as_published():
+    assert [SCHEDULES["steps"](p) for p in (0.49, 0.5, 0.8)] == [1.0, 0.1, 0.01]
+    assert SCHEDULES["wilson"](0.5) == 1.0 and abs(SCHEDULES["wilson"](0.7) - 0.505) < 1e-9
+    assert SCHEDULES["wilson"](0.95) == 0.01 and SCHEDULES["cosine"](1.0) == 1e-3
+    assert SCHEDULES["linear"](0.25) == 0.75
+
+
+# ---- Trust
+
+
+def test_temperature_undoes_a_scaling_and_reliability_sees_it():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator)
+    y = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert abs(temperature(7 * logits, y) / 7 - 1) < 0.1
+    *_, honest = reliability(logits.softmax(1), y)
+    *_, boastful = reliability((7 * logits).softmax(1), y)
+    assert honest < 0.03 < 0.2 < boastful
+
+
+# ---- Mistakes
+
+
+def state_of(x, y, classes, **keys):
+    x = np.asarray(x, np.float32)
+    d = x.shape[1]
+    table = Table("own", x, np.asarray(y), x, np.asarray(y), classes, np.zeros(d, "f4"), np.ones(d, "f4"))
+    labeled = np.flatnonzero(np.asarray(y) >= 0)
+    split = Split(labeled, np.arange(len(y)), np.empty(0, np.int64))
+    return FlowState(make_config("moons", batch_size=2, uratio=1, **keys), CPU, table, split)
+
+
+def test_mistakes_are_told_before_training():
+    x = np.random.RandomState(0).randn(6, 2)
+    with pytest.raises(UserError, match="class 'c' has no labelled row"):  # more components than classes
+        state_of(x, [0, 1, 0, 1, -1, -1], ["a", "b", "c"])
+    with pytest.raises(UserError, match=r"labels must lie in 0\.\.1"):
+        state_of(x, [0, 1, 0, 2, -1, -1], ["a", "b"])
+    with pytest.raises(UserError, match="is a table and glow a flow of images"):
+        state_of(x, [0, 1, 0, 1, -1, -1], ["a", "b"], flow="glow")
+    with pytest.raises(UserError, match="the methods that train on tables are flows"):
+        normatch.train(make_config("moons", method="fixmatch", out="never"))
+    with pytest.raises(UserError, match="must be divisible by 4"):
+        FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=10), CPU)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    normatch.train(tiny(tmp_path / "run", steps=2, eval_every=1))
+    with pytest.raises(UserError, match="couplings=5, this run has couplings=3"):
+        normatch.train(tiny(tmp_path / "other", steps=2, resume=str(tmp_path / "run"), couplings=3))
+
+
+def test_a_density_of_one_class_is_a_model_too(tmp_path):
+    result = normatch.train(tiny(tmp_path / "run", "picture", steps=20, eval_every=10))
+    assert result.test_accuracy == 100.0
+    assert load_table("picture").classes == ["all"]
