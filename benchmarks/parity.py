@@ -1,14 +1,16 @@
-"""Fills in the parity table of docs/augmentation.md: `python benchmarks/parity.py [DATA_DIR]`.
+"""Fills in the parity tables of docs/augmentation.md: `python benchmarks/parity.py [DATA_DIR]`.
 
 Every operation, at all nine levels and both signs of kekmodel's policy and at values all over leedoyup's ranges, by
 every backend that is at hand, against Pillow: on digits, on photographs of CIFAR-10 where DATA_DIR holds them, and on
-noise of odd sizes. A cell says "identical" or how far the levels of 0 to 255 are apart.
+noise of odd sizes. A cell says "identical" or how far the levels of 0 to 255 are apart. Two more tables say what DALI
+makes of encoded files, and how the levels are distributed after its Equalize, the one operation that is its own.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,10 +63,66 @@ def measure(backend: str, device: str, data_dir: str | None) -> dict[str, str]:
                 worst = max(worst, int(apart.max()))
                 total, count = total + float(apart.sum()), count + apart.numel()
                 differing += int((apart > 0).sum())
-        name = what if isinstance(what, str) else what[0]
-        share = f"{100 * differing / count:.2g} % of levels differ, by {total / max(differing, 1):.1f} on average"
-        cells[name] = "identical" if worst == 0 else f"{share}, {worst} at most"
+        cells[what if isinstance(what, str) else what[0]] = cell(worst, total, count, differing)
     return cells
+
+
+def cell(worst: int, total: float, count: int, differing: int) -> str:
+    share = f"{100 * differing / count:.2g} % of levels differ, by {total / max(differing, 1):.1f} on average"
+    return "identical" if worst == 0 else f"{share}, {worst} at most"
+
+
+def decoded(images: np.ndarray) -> list[str]:
+    """A table of files of 32x32 and other sizes: DALI's decoder and resizing against Pillow's."""
+    from PIL import Image
+
+    from normatch.augment import POLICIES, View
+    from normatch.bench.views import views_of
+    from normatch.folders import FileImages
+
+    kinds = {"PNG": {}, "JPEG, 4:2:0": {"quality": 90}, "JPEG, 4:4:4": {"quality": 90, "subsampling": 0}, "WebP": {}}
+    lines = ["| files | 32x32, as they are | 96x80 to 32x32 | 24x20 to 32x32 |", "| --- | --- | --- | --- |"]
+    rows = np.arange(64)
+    draws = np.stack([rows, rows, 0 * rows, 0 * rows + int(View.UNLABELED_WEAK)], 1)
+    for kind, options in kinds.items():
+        cells = []
+        for size in ((32, 32), (96, 80), (24, 20)):
+            with tempfile.TemporaryDirectory() as folder:
+                paths = [Path(folder, f"{row}.{kind.split(',')[0].lower()}") for row in rows]
+                for row, path in zip(rows, paths, strict=True):
+                    Image.fromarray(images[row]).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+                files = FileImages(paths, 32)
+                got = views_of(files, draws, POLICIES["weak"], 0, "dali", True).int()
+                apart = (got - views_of(files[:], draws, POLICIES["weak"], 0, "pil", True).int()).abs()
+            cells.append(cell(int(apart.max()), float(apart.sum()), apart.numel(), int((apart > 0).sum())))
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def equalized(images: np.ndarray) -> list[str]:
+    """A table of the levels after Equalize of 50,000 draws, by Pillow and by DALI."""
+    from normatch.augment import POLICIES, View
+    from normatch.bench.views import views_of
+
+    policy = replace(POLICIES["kekmodel"], ops=("Equalize",), num_ops=1, probability=1.0, cutout_pixels=0)
+    counts = {"Pillow": np.zeros(256), "DALI": np.zeros(256)}
+    for start in range(0, 50_000, 1000):
+        samples = np.arange(start, start + 1000)
+        draws = np.stack([samples % len(images), samples, 0 * samples, 0 * samples + int(View.UNLABELED_STRONG)], 1)
+        for name, backend in (("Pillow", "pil"), ("DALI", "dali")):
+            views = views_of(images, draws, policy, 0, backend, True)
+            counts[name] += torch.bincount(views.flatten().int(), minlength=256).numpy()
+    lines = ["| | mean | std | quartiles | below 16 | 255 |", "| --- | --- | --- | --- | --- | --- |"]
+    levels = np.arange(256)
+    for name, count in counts.items():
+        share = count / count.sum()
+        mean = share @ levels
+        quartiles = np.searchsorted(share.cumsum(), (0.25, 0.5, 0.75))
+        lines.append(
+            f"| {name} | {mean:.1f} | {np.sqrt(share @ (levels - mean) ** 2):.1f} | {', '.join(map(str, quartiles))} | "
+            f"{100 * share[:16].sum():.1f} % | {100 * share[255]:.1f} % |"
+        )
+    return lines
 
 
 def columns(data_dir: str | None):
@@ -119,8 +177,12 @@ def main() -> int:
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     sets = ", ".join(image_sets(data_dir))
-    text = f"{BEGIN}\nAgainst Pillow {PIL.__version__}, on {sets}:\n\n"
-    PAGE.write_text(before + text + "\n".join(lines) + "\n" + END + after)
+    lines = [f"Against Pillow {PIL.__version__}, on {sets}:", "", *lines]
+    if "DALI, CPU" in table:
+        images = image_sets(data_dir)["CIFAR-10" if data_dir else "digits"]
+        lines += ["", "Files that DALI decodes and resizes (`in_memory: false`):", "", *decoded(images)]
+        lines += ["", "Levels after Equalize, over 50,000 draws:", "", *equalized(images)]
+    PAGE.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
     print("\n".join(lines))
     return 0
 

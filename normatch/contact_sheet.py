@@ -41,7 +41,7 @@ def data_command(options) -> int:
 
         lines, _ = check(Path(place or "data"), table=name == "csv")
         print("\n".join(lines))
-    dataset = load_dataset(name, place, options.download, options.image_size)
+    dataset = load_dataset(name, place, options.download, options.image_size, in_memory=False)
     if name not in ("folder", "csv"):
         print("\n".join(describe(dataset)))
     print(f"{'mean':10} {', '.join(f'{m:.4f}' for m in dataset.mean)}")
