@@ -14,8 +14,10 @@ from .backbones import Classifier, build_backbone
 from .config import Config
 from .data import load_dataset
 from .errors import UserError
+from .flow_training import FLOW_METHODS, make_objective
 from .folders import fit, read_image
 from .methods import METHODS
+from .tables import Table
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -23,8 +25,9 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 class Model(nn.Module):
     """A trained classifier with all that is needed to use it: the averaged weights, the classes, the normalisation.
 
-    `classifier(x) -> features, logits`; `flows`: the flow heads, empty for methods without one. `source`: the layout
-    of the published checkpoint that it came from, None for our own.
+    `classifier(x) -> features, logits`, of a flow with its prior a `FlowAsClassifier`; `flows`: the flow heads, empty
+    for methods without one. `source`: the layout of the published checkpoint that it came from, None for our own.
+    `image_size` is None for a model of a table.
     """
 
     def __init__(
@@ -44,20 +47,27 @@ class Model(nn.Module):
         self.image_size, self.config, self.source = image_size, config, source
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (N, 3, H, W), normalised -> (N, K) logits of the linear classifier."""
+        """x: (N, 3, H, W), or of a table (N, D), normalised -> (N, K) logits."""
         return self.classifier(x)[1]
 
     @torch.inference_mode()
     def predict_proba(self, images) -> torch.Tensor:
-        """images: (N, H, W, 3) uint8, or a list of PIL images or file paths -> (N, K) probabilities."""
+        """images: (N, H, W, 3) uint8, or a list of PIL images or file paths -> (N, K) probabilities.
+
+        Of a model of a table: rows (N, D), in the units of the data set.
+        """
         if not isinstance(images, (np.ndarray, torch.Tensor)):
             images = np.stack([self._read(image) for image in images])
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, requirements="W"))  # copied only if it is read-only
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+        if self.image_size is None:
+            if images.ndim != 2 or images.shape[1] != len(self.mean):
+                raise ValueError(f"rows must be (N, {len(self.mean)}), not {tuple(images.shape)}")
+        elif images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images must be (N, H, W, 3) uint8, not {tuple(images.shape)} {images.dtype}")
-        device = self.classifier.fc.weight.device
-        parts = [self.logits(normalize(part.to(device), self.mean, self.std)).softmax(1) for part in images.split(500)]
+        weight = next(self.classifier.parameters())
+        device = weight.device
+        parts = [self.logits(_normalized(part, self.mean, self.std, weight)).softmax(1) for part in images.split(500)]
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes), device=device)
 
     def predict(self, images) -> torch.Tensor:
@@ -89,6 +99,8 @@ def build_model(state: dict, name) -> Model:
     except (ValidationError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} has a configuration that this version does not know: {reason}") from None
+    if config.method in FLOW_METHODS:
+        return build_flow(state, config, name)
     if state["backbone"] != "named":
         raise UserError(f"{name} was trained on a backbone of your own: build it and load state['ema'] into it")
     transition = state.get("transition") or ("raw" if config.compat == "reference" else "activated")
@@ -111,6 +123,43 @@ def build_model(state: dict, name) -> Model:
         state.get("source"),
     )
     return model.eval().requires_grad_(False)
+
+
+class FlowAsClassifier(nn.Module):
+    """x: (N, 3, H, W) or (N, D), normalised -> z (N, D'), log p(z, y) (N, K): a density in a classifier's place."""
+
+    def __init__(self, density: nn.Module, shape):
+        super().__init__()
+        self.density, self.shape = density, tuple(shape)  # of a sample, as the density takes it
+
+    def forward(self, x):
+        if len(self.shape) == 3:
+            x = x[:, : self.shape[0]]
+        elif x.ndim == 4:  # pixels as a row: of one channel, where they are no more
+            x = x[:, : self.shape[0] // (x.shape[2] * x.shape[3])].flatten(1)
+        out = self.density(x)
+        return out.z, out.class_log_prob
+
+
+def build_flow(state: dict, config: Config, name) -> Model:
+    """The state of a flow's checkpoint -> its model. Raises UserError for tensors of another architecture."""
+    objective = make_objective(config, tuple(state["shape"]), len(state["classes"]))
+    try:
+        objective.load_state_dict(used_weights(state))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tensors of {name} are not those of its configuration: {reason}") from None
+    classifier = FlowAsClassifier(objective.model, state["shape"])
+    model = Model(classifier, (), state["classes"], state["mean"], state["std"], state["image_size"], config)
+    return model.eval().requires_grad_(False)
+
+
+def _normalized(samples: torch.Tensor, mean, std, like: torch.Tensor) -> torch.Tensor:
+    """samples: (N, H, W, 3) uint8 or (N, D) -> what a model takes, on the device and of the dtype of `like`."""
+    if samples.ndim == 4:
+        return normalize(samples.to(like.device), mean, std, like.dtype)
+    mean, std = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (mean, std))
+    return (samples.to(mean) - mean) / std
 
 
 def used_weights(state: dict) -> dict:
@@ -148,7 +197,8 @@ def evaluate(
     )
     if not same:
         raise UserError(f"the classes of {data.name} are not those of {checkpoint}")
-    counts = count(model.classifier, model.flows, data.test_images, data.test_labels, model.mean, model.std)
+    samples = data.test_x if isinstance(data, Table) else data.test_images
+    counts = count(model.classifier, model.flows, samples, data.test_labels, model.mean, model.std)
     confusion = counts["confusion"]
     right, of_class = confusion.diagonal().tolist(), confusion.sum(1).tolist()
     per_class = [100 * r / n if n else None for r, n in zip(right, of_class, strict=True)]
@@ -176,17 +226,20 @@ def accuracy(classifier, flows, images, labels, mean, std, prefix="test", batch_
 def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
     """images: (N, H, W, 3) uint8, labels: (N,) -> `confusion` (K, K), `confusion_flow` if there is a flow, `top5`.
 
+    Or rows of a table for images, (N, D).
     A row of a confusion matrix is a true class, a column a predicted one. One pass; read back once, at its end.
     """
-    weight = classifier.fc.weight
+    weight = next(classifier.parameters())
     own = slice(distributed.rank(), None, distributed.ranks())  # of several processes each takes its share
     images, labels = torch.from_numpy(images)[own], torch.from_numpy(labels)[own]
-    k = len(weight)
-    matrices = torch.zeros(2, k * k, dtype=torch.long, device=weight.device)
+    matrices = None
     top5 = torch.zeros((), dtype=torch.long, device=weight.device)
     for part, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         y = y.to(weight.device)
-        features, logits = classifier(normalize(part.to(weight.device), mean, std, weight.dtype))
+        features, logits = classifier(_normalized(part, mean, std, weight))
+        if matrices is None:
+            k = logits.shape[1]
+            matrices = torch.zeros(2, k * k, dtype=torch.long, device=weight.device)
         matrices[0].index_add_(0, k * y + logits.argmax(1), torch.ones_like(y))
         top5 += (logits.topk(min(5, k)).indices == y[:, None]).sum()
         if len(flows):

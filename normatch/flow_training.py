@@ -69,11 +69,7 @@ class FlowState(TrainingState):
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         x, y = self._labelled()
         self.shape = tuple(x.shape[1:])  # of a sample, as the flow takes it
-        model = make_flow(config, self.shape)
-        initialize(model, x[:512])
-        means = place_means(config.means, config.means_r, len(dataset.classes), model, x, y, self.shape)
-        prior = make_prior(config, means)
-        self.objective = FLOW_METHODS[config.method](FlowClassifier(model, prior), config).to(device, dtype)
+        self.objective = make_objective(config, self.shape, len(dataset.classes), x, y).to(device, dtype)
         self.groups = parameter_groups(self.objective.model, config)
         self.optimizers = {"optimizer": OPTIMIZERS[config.optimizer](self.groups)}
         if config.swa_start is None:
@@ -129,7 +125,7 @@ class FlowState(TrainingState):
     def content(self) -> dict:
         return {
             **super().content(),
-            "backbone": "flow",
+            "backbone": "flow",  # no checkpoint of a classifier
             "shape": list(self.shape),
             "mean": torch.as_tensor(self.dataset.mean).tolist(),
             "std": torch.as_tensor(self.dataset.std).tolist(),
@@ -206,6 +202,20 @@ def count(model: FlowDensity, x: torch.Tensor, labels: torch.Tensor, rows: int =
         totals += torch.stack((right, out.log_prob.double().sum(), torch.full_like(totals[0], len(y))))
     right, log_prob, n = distributed.sum_(totals).tolist()
     return {"accuracy": 100 * right / n, "log_prob": log_prob / n}
+
+
+def make_objective(config: Config, shape, classes: int, x=None, y=None) -> nn.Module:
+    """The loss module of `config.method` around its density, of samples of this shape: (D,) or (C, H, W).
+
+    x: (n, *shape), y: (n,), the labelled training samples, from which ActNorms and means start; without them a density
+    that waits for weights.
+    """
+    flow = make_flow(config, shape)
+    means = torch.zeros(classes, math.prod(shape))
+    if x is not None:
+        initialize(flow, x[:512])
+        means = place_means(config.means, config.means_r, classes, flow, x, y, shape)
+    return FLOW_METHODS[config.method](FlowClassifier(flow, make_prior(config, means)), config)
 
 
 def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:

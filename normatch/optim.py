@@ -41,7 +41,8 @@ SCHEDULES = {
 class SWA:
     """Stochastic weight averaging (Izmailov et al. 2018) by `torch.optim.swa_utils`: the mean of every `every`-th step.
 
-    It begins with the weights after step `start`; up to there `module` is a copy. BatchNorm statistics are averaged like weights.
+    It begins with the weights after step `start`; up to there `module` is a copy. BatchNorm statistics are averaged
+    like weights.
     """
 
     def __init__(self, module: nn.Module, start: int, every: int):

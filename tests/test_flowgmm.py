@@ -9,6 +9,7 @@ import yaml
 from torch.nn import functional as F
 
 import normatch
+import normatch.convert
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
@@ -169,7 +170,8 @@ def test_training_teaches_the_moons_and_leaves_a_run_folder(tmp_path):
 
 @pytest.mark.parametrize("keys", [{}, {"swa_start": 8, "swa_every": 3}], ids=["ema", "swa"])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, keys):
-    noisy = {"steps": 20, "eval_every": 10, "dropout": 0.2, "noise": 0.1, "means_trainable": True, "covs_trainable": True, **keys}
+    noisy = {"dropout": 0.2, "noise": 0.1, "means_trainable": True, "covs_trainable": True, **keys}
+    noisy |= {"steps": 20, "eval_every": 10}
     normatch.train(tiny(tmp_path / "whole", **noisy))
     normatch.train(tiny(tmp_path / "half", **noisy))
     whole = load_checkpoint(tmp_path / "whole")
@@ -262,3 +264,26 @@ def test_a_density_of_one_class_is_a_model_too(tmp_path):
     result = normatch.train(tiny(tmp_path / "run", "picture", steps=20, eval_every=10))
     assert result.test_accuracy == 100.0
     assert load_table("picture").classes == ["all"]
+
+
+@pytest.mark.parametrize("preset", ["moons", "flowgmm-mnist-100", "pixels"])
+def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
+    image = {"dataset": "digits", "num_labels": 20, "image_size": 8, "batch_size": 4, "means_r": 0.3}
+    keys = {"moons": {}, "flowgmm-mnist-100": {**image, "flow": "realnvp", "flow_width": 4, "flow_blocks": 1}}
+    keys = keys.get(preset, {**image, "flow": "tabular", "hidden": 8})
+    preset = "flowgmm-mnist-100" if preset == "pixels" else preset
+    result = normatch.train(tiny(tmp_path / "run", preset, steps=2, eval_every=2, **keys))
+    scores = normatch.evaluate(result.out)
+    assert abs(scores["test_accuracy"] - result.test_accuracy) < 1e-6
+    model = normatch.load(result.out)
+    data = normatch.data.load_dataset(model.config.dataset, image_size=model.image_size)
+    samples = data.test_x if preset == "moons" else data.test_images
+    probs = model.predict_proba(samples)
+    assert probs.shape == (len(samples), len(data.classes)) and (probs.sum(1) - 1).abs().max() < 1e-5
+    converted = normatch.convert.convert(result.out, tmp_path / "model.safetensors")
+    assert torch.equal(normatch.load(converted).predict_proba(samples), probs)
+    state = load_checkpoint(result.out)
+    state["config"]["couplings" if len(state["shape"]) == 1 else "flow_blocks"] += 1
+    torch.save(state, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match="are not those of its configuration"):
+        normatch.load(tmp_path / "wrong.pt")
