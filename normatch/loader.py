@@ -10,6 +10,7 @@
 a GPU, else Pillow.
 """
 
+import gc
 import queue
 import sys
 import threading
@@ -134,7 +135,13 @@ def make_loader(views: StepViews, start: int, stop: int, num_workers: int = 0, p
         pin_memory=pin_memory,
         multiprocessing_context=fork,
         generator=torch.Generator(),  # its seed is of no use here: leave the global generator alone
+        worker_init_fn=_freeze,
     )
+
+
+def _freeze(worker: int) -> None:
+    """Keeps a forked worker from collecting, and so copying, what it shares with the trainer."""
+    gc.freeze()
 
 
 # ---- Backends

@@ -1,11 +1,13 @@
 """`normatch bench augment` and `normatch bench loader`: views a second, by every backend, in one process."""
 
+import gc
 import json
 import multiprocessing
 import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -67,19 +69,20 @@ def augment(options) -> int:
                 os.sched_setaffinity(0, every[:cores])  # DALI's threads, started below, inherit it
             torch.set_num_threads(cores)
             for kind in KINDS:
-                makers = {b: _maker(b, dataset, policy, kind, cores, device) for b in backends}
                 times = {b: [] for b in backends}
-                for round_ in range(options.rounds + 2):  # the first two warm up
-                    for backend, make in makers.items():  # side by side, so that a busy machine hits all alike
-                        start = time.perf_counter()
-                        count = make()
-                        if device.type == "cuda":
-                            torch.cuda.synchronize()
-                        if round_ > 1:
-                            times[backend].append((time.perf_counter() - start) / count)
-                        if backend == "dali":
-                            time.sleep(0.2)  # it works ahead: not in the others' time
-                del makers
+                with ExitStack() as pools:
+                    makers = {b: _maker(b, dataset, policy, kind, cores, device, pools) for b in backends}
+                    for round_ in range(options.rounds + 2):  # the first two warm up
+                        for backend, make in makers.items():  # side by side, so that a busy machine hits all alike
+                            start = time.perf_counter()
+                            count = make()
+                            if device.type == "cuda":
+                                torch.cuda.synchronize()
+                            if round_ > 1:
+                                times[backend].append((time.perf_counter() - start) / count)
+                            if backend == "dali":
+                                time.sleep(0.2)  # it works ahead: not in the others' time
+                    del makers
                 for backend in backends:
                     seconds = statistics.median(times[backend])
                     records.append(
@@ -119,8 +122,8 @@ def _draws(dataset: Dataset, kind: str, round_: int) -> np.ndarray:
     return np.stack([rows, rows, np.full(BATCH, round_), views], 1)
 
 
-def _maker(backend: str, dataset: Dataset, policy, kind: str, cores: int, device: torch.device):
-    """A function that makes some views and returns how many."""
+def _maker(backend: str, dataset: Dataset, policy, kind: str, cores: int, device: torch.device, pools: ExitStack):
+    """A function that makes some views and returns how many; `pools` ends the processes that it needs."""
     images = torch.from_numpy(dataset.train_images).to(device)
     settings = (dataset.mean, dataset.std, torch.float32, dataset.flip)
     prepared = [_draws(dataset, kind, i) for i in range(4)]
@@ -149,6 +152,7 @@ def _maker(backend: str, dataset: Dataset, policy, kind: str, cores: int, device
         return lambda: plain(0)
     # Processes that start with the call and hand nothing back: workers of a loader would work ahead, unseen.
     pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _Plain.keep, (plain,))
+    pools.enter_context(pool)
     return lambda: sum(pool.map(_Plain.kept, range(2 * cores)))
 
 
@@ -166,6 +170,7 @@ class _Plain:
         return BATCH
 
     def keep(self) -> None:
+        gc.freeze()  # nothing of the parent's is this process's to destroy, DALI's threads least of all
         torch.set_num_threads(1)
         _Plain.mine = self
 
