@@ -442,7 +442,7 @@ def test_a_folder_of_mnist_images_trains(tmp_path):
     code = (
         "import sys, normatch\n"
         f"r = normatch.train(dataset='folder', data_dir={str(tmp_path)!r}, num_labels=10, batch_size=4, uratio=2,\n"
-        "    backbone='wrn-10-1', steps=4, eval_every=4, log_every=2, num_workers=0, device='cpu', progress=False,\n"
+        "    backbone='wrn-10-1', steps=4, eval_every=4, log_every=2, in_memory=False, device='cpu', progress=False,\n"
         f"    out={str(tmp_path / 'run')!r})\n"
         "assert 0 <= r.test_accuracy <= 100\n"
     )
