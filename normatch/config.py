@@ -23,7 +23,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    method: Literal["normatch", "fixmatch", "supervised", "flowgmm"] = key("normatch", "what is trained")
+    method: Literal["normatch", "fixmatch", "supervised", "flowgmm", "scnf"] = key("normatch", "what is trained")
     dataset: str = key(
         "digits",
         "images: digits, cifar10, cifar100, svhn, svhn+extra, stl10, mnist, fashionmnist, miniimagenet; your own: "
@@ -80,9 +80,10 @@ class Config(BaseModel):
     flow_lr: Weight = key(1e-3, "normatch: learning rate of AdamW on the flow")
     clip: Weight = key(50.0, "largest gradient norm of the flow; 0: no clipping")
 
-    flow: Literal["tabular", "realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "realnvp-mnist", "glow", "glow-mnist"] = (
-        key("tabular", "flowgmm: the flow; all but tabular are of images")
-    )
+    flow: Literal[
+        "tabular", "realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "realnvp-mnist", "glow", "glow-mnist",
+        "mnist-masked",
+    ] = key("tabular", "flowgmm, scnf: the flow; all but tabular are of images")  # fmt: skip
     flow_scales: Positive = key(2, "flowgmm: scales of the image flows realnvp* and glow")
     flow_width: Positive = key(64, "flowgmm: channels of an image flow's networks, at its first scale")
     flow_blocks: NonNegative = key(8, "flowgmm: residual blocks of an image flow's networks")
@@ -102,7 +103,7 @@ class Config(BaseModel):
     labelled_loss: Literal["joint", "classes"] = key(
         "joint", "flowgmm: -log p(x, y) of labelled samples, or -log p(y | x) with -log p(x)"
     )
-    label_weight: Weight = key(1.0, "flowgmm: weight of the labelled loss")
+    label_weight: Weight = key(1.0, "flowgmm: weight of the labelled loss; scnf: of a labelled sample")
     consistency_weight: Weight = key(0.0, "flowgmm: weight of the consistency between two views")
     consistency_rampup: NonNegative = key(0, "flowgmm: steps over which the consistency rises to its weight")
     noise: Weight = key(0.0, "flowgmm: standard deviation of the noise on rows in training")
@@ -114,7 +115,23 @@ class Config(BaseModel):
     swa_every: Positive = key(10, "flowgmm: steps between the weights that SWA averages")
     swa_lr: Weight | None = key(None, "flowgmm: learning rate from swa_start on; none: that of the schedule")
 
-    augment: str = key("kekmodel", "augmentation policy: kekmodel, leedoyup, fixmatch-paper, weak, or a YAML file")
+    ssl_model: Literal["cond-flow", "cond-shift"] = key(
+        "cond-flow", "scnf: what tells the classes apart: a flow of the deep dimensions, or a shift (a mixture)"
+    )
+    ssl_dim: NonNegative = key(0, "scnf: deep dimensions; 0: all")
+    ssl_l: Positive = key(2, "scnf: levels of the conditional flow, at each of which but the last half is finished")
+    ssl_k: Positive = key(4, "scnf: couplings of a level of the conditional flow")
+    ssl_hd: Positive = key(256, "scnf: width of the conditional flow's networks")
+    ssl_conv: Literal["full", "hh", "qr"] = key("full", "scnf: form of the conditional flow's 1 x 1 convolutions")
+    ssl_hh: Positive = key(2, "scnf: Householder reflections of each of them")
+    conv: Literal["full", "hh", "qr"] = key("full", "flow mnist-masked: form of its 1 x 1 convolutions")
+    hh_factors: Positive = key(2, "flow mnist-masked: Householder reflections of each of them")
+    cl_weight: Weight = key(0.0, "scnf: weight of the cross-entropy of labelled samples")
+    pretrained: str | None = key(None, "flowgmm, scnf: a run, or a published checkpoint, whose weights to begin with")
+
+    augment: str = key(
+        "kekmodel", "augmentation policy: kekmodel, leedoyup, fixmatch-paper, weak, a YAML file; flows: none, too"
+    )
     augment_backend: Literal["auto", "native", "dali", "pil"] = key("auto", "what computes the views")
     num_workers: NonNegative | None = key(
         None, "pil: processes that compute views, 0: the training process itself; none: 4 with a GPU, 0 without"
@@ -226,6 +243,30 @@ _IMAGE = {
     "weight_decay": 5e-5,
     "clip": 100.0,
     "ema_decay": 0.0,
+}
+
+_SCNF = {
+    "method": "scnf",
+    "optimizer": "adamax",
+    "schedule": "linear",
+    "lr": 1e-3,
+    "weight_decay": 1e-5,
+    "clip": 0.0,
+    "ema_decay": 0.0,
+    "augment": "none",
+}
+_SCNF_MNIST = {**_SCNF, "dataset": "mnist", "num_labels": 100, "flow": "mnist-masked"}
+_SCNF_TOY = {
+    **_SCNF,
+    "couplings": 5,
+    "hidden": 64,
+    "ssl_l": 1,
+    "ssl_k": 4,
+    "ssl_hd": 64,
+    "uratio": 10,
+    "ema_decay": 0.99,
+    "steps": 2000,
+    "eval_every": 500,
 }
 
 PRESETS = {
@@ -374,6 +415,43 @@ PRESETS = {
         "steps": 187625,
         "consistency_rampup": 12500,
     },
+    # 500 passes of 235 batches; a third of each batch is labelled, as the sampler's weights have it on average.
+    "scnf-mnist-100": {
+        **_SCNF_MNIST,
+        "batch_size": 85,
+        "uratio": 2,
+        "ssl_dim": 196,
+        "steps": 117500,
+        "eval_every": 2350,
+    },
+    "scnf-mnist-100-small": {
+        **_SCNF_MNIST,
+        "image_size": 16,
+        "flow_width": 16,
+        "batch_size": 32,
+        "uratio": 2,
+        "ssl_dim": 64,
+        "ssl_hd": 64,
+        "ema_decay": 0.99,
+        "steps": 3000,
+        "eval_every": 500,
+    },
+    "scnf-moons": {**_SCNF_TOY, "dataset": "moons", "num_labels": 10, "batch_size": 10},
+    "scnf-circles": {**_SCNF_TOY, "dataset": "circles", "num_labels": 11, "batch_size": 11},
+    "scnf-gmm-moons": {
+        **_SCNF_TOY,
+        "dataset": "moons",
+        "num_labels": 10,
+        "batch_size": 10,
+        "ssl_model": "cond-shift",
+    },
+    "scnf-gmm-circles": {
+        **_SCNF_TOY,
+        "dataset": "circles",
+        "num_labels": 11,
+        "batch_size": 11,
+        "ssl_model": "cond-shift",
+    },
 }
 
 # Published flag -> ours. A pair also fixes the value: the flag stands for `key value`.
@@ -398,6 +476,9 @@ ALIASES = {
     "no_progress": ("progress", "false"),
     "use_two_flows": ("third_voter", "flow"),
     "amp": ("precision", "bf16"),
+    "data": "dataset",
+    "supervised": "num_labels",
+    "sup_weight": "label_weight",
 }
 
 
@@ -425,8 +506,10 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **key
     """
     given = {**({} if file is None else read_config(file)), **_canonical_keys(keys)}
     if preset is None:
-        dataset = given.get("dataset", "digits")
-        preset = next((name for name, values in PRESETS.items() if values["dataset"] == dataset), "digits")
+        dataset, method = given.get("dataset", "digits"), given.get("method")
+        of_dataset = [name for name, values in PRESETS.items() if values["dataset"] == dataset]
+        of_method = [name for name in of_dataset if PRESETS[name].get("method", "normatch") == method]
+        preset = next(iter([*of_method, *of_dataset, "digits"]))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     try:
@@ -450,7 +533,42 @@ def read_config(path: str | Path) -> dict:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines")
-    return _canonical_keys(content)
+    return _canonical_keys(_from_scnf(content))
+
+
+# Keys of SCNF's published configuration that say nothing here: folders, records, and what always holds.
+_SCNF_UNNEEDED = (
+    "name", "root", "time", "id", "status", "config_file", "config", "tmp", "logits", "sup_ohe", "num_examples", "k",
+    "l", "hid_dim", "data_seed", "ssl_nclasses", "clip_gn", "lr_gamma", "lr_steps", "lr_warmup", "log_each", "test_bs",
+)  # fmt: skip
+
+
+def _from_scnf(content: dict) -> dict:
+    """SCNF's published file of keys -> keys known here; any other file as it is.
+
+    Its epochs become steps, and the weight s of the labelled samples in its sampler, which draws them in s / (1 + s) of
+    the cases, that share of each batch.
+    """
+    if "train_bs" not in content:
+        return content
+    keys = {name: value for name, value in content.items() if name not in _SCNF_UNNEEDED and value != ""}
+    try:
+        rows = {"mnist": 60000}.get(keys.get("data"), int(content.get("num_examples", 1000)))
+        batch, share = int(keys.pop("train_bs")), float(keys.pop("sup_sample_weight", 0.5))
+        epoch = -(-rows // batch)
+        keys["steps"] = int(keys.pop("epochs", 500)) * epoch
+        schedule = keys.pop("lr_schedule", "hat")
+        if schedule == "hat":
+            keys["warmup"] = int(content.get("lr_warmup", 10)) * epoch
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a number in the configuration of SCNF cannot be read: {error}") from None
+    if share <= 0:
+        raise UserError("sup_sample_weight must be positive: what share of a batch is labelled follows from it")
+    keys["uratio"] = max(1, round(1 / share))
+    keys["batch_size"] = max(1, batch // (1 + keys["uratio"]))
+    keys["schedule"] = {"no": "constant"}.get(schedule, "linear")
+    keys["flow"] = {"toy": "tabular"}.get(keys.pop("model", "mnist-masked"), "mnist-masked")
+    return {"method": "scnf", **keys}
 
 
 def _canonical_keys(keys: dict) -> dict:

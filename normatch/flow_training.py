@@ -15,23 +15,30 @@ from .data import Dataset, Split, load_dataset, make_split
 from .errors import UserError
 from .flow_figures import leave_figures
 from .flows import (
+    SCNF,
+    ConditionalFlow,
     FlowClassifier,
     FlowDensity,
     GaussianMixture,
     Glow,
     GlowMNIST,
+    MaskedGlow,
+    PointFlow,
     RealNVP,
     RealNVPMNIST,
     RealNVPTabular,
     initialize,
 )
-from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, table_batches
+from .flows.flow import load_weights
+from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, row_batches
 from .methods.flowgmm import FlowGMM, place_means
+from .methods.scnf import SemiConditional
 from .optim import EMA, SCHEDULES, SWA
+from .published import read_tensors
 from .state import TrainingState
 from .tables import Table
 
-FLOW_METHODS = {"flowgmm": FlowGMM}
+FLOW_METHODS = {"flowgmm": FlowGMM, "scnf": SemiConditional}
 
 
 class FlowState(TrainingState):
@@ -54,16 +61,19 @@ class FlowState(TrainingState):
         table = isinstance(dataset, Table)
         if table and config.flow != "tabular":
             raise UserError(f"{dataset.name} is a table and {config.flow} a flow of images: take --flow tabular")
-        if not table:
+        self.views = not table and config.augment != "none"
+        if self.views:
             self.augment_backend = choose_backend(config.augment_backend, device)
-            if config.flow != "tabular":  # whose pixels are in [0, 1]
-                dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
+        if not table and config.flow != "tabular":  # whose pixels are in [0, 1]
+            dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
         self.dataset, self.split, self.table = dataset, split, table
         uratio = config.uratio if config.lambda_u or config.consistency_weight else 0
-        self.images_per_step = config.batch_size * (1 + uratio * (1 if table else 2))
+        self.images_per_step = config.batch_size * (1 + uratio * (2 if self.views else 1))
         batch = {"seed": config.seed, "batch_size": config.batch_size, "uratio": uratio}
         batch |= {"rank": distributed.rank(), "ranks": distributed.ranks()}
-        self.draws = StepDraws(dataset, split, **batch) if table else StepViews(dataset, split, config.augment, **batch)
+        self.draws = (
+            StepViews(dataset, split, config.augment, **batch) if self.views else StepDraws(dataset, split, **batch)
+        )
 
         self.channels = None if table else channels(dataset)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -81,8 +91,14 @@ class FlowState(TrainingState):
     def batches(self, start: int) -> Batches:
         config = self.config
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        if self.table:
-            return table_batches(self.draws, start, config.steps, self.device, dtype)
+        if not self.views:
+            if self.table:
+                x = torch.from_numpy(self.dataset.standardized(self.dataset.train_x)).to(dtype)
+                return row_batches(self.draws, x, lambda rows: rows, start, config.steps, self.device)
+            x = torch.from_numpy(self.dataset.train_images[..., : self.channels])
+            return row_batches(
+                self.draws, x, lambda rows: self._pixels(rows).to(dtype), start, config.steps, self.device
+            )
         batches = make_batches(
             self.draws, start, config.steps, self.augment_backend, self.device, torch.float32, config.num_workers
         )
@@ -91,7 +107,10 @@ class FlowState(TrainingState):
 
     def begin_step(self) -> float:
         config = self.config
-        factor = SCHEDULES[config.schedule](self.step / config.steps)
+        if self.step < config.warmup:
+            factor = self.step / config.warmup
+        else:
+            factor = SCHEDULES[config.schedule]((self.step - config.warmup) / max(1, config.steps - config.warmup))
         if config.swa_start is not None and config.swa_lr is not None and self.step >= config.swa_start:
             factor = config.swa_lr / config.lr if config.lr else 0.0
         for group in self.optimizers["optimizer"].param_groups:
@@ -162,6 +181,10 @@ class FlowState(TrainingState):
             x = self.dataset.standardized(getattr(self.dataset, f"{part}_x")[rows])
             return torch.from_numpy(x).to(device)
         images = torch.from_numpy(getattr(self.dataset, f"{part}_images")[rows]).to(device)
+        return self._pixels(images)
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """images: (n, H, W, C) uint8 -> what the flow takes."""
         return self._shaped(normalize(images, self.dataset.mean, self.dataset.std))
 
     def _shaped(self, images: torch.Tensor) -> torch.Tensor:
@@ -177,7 +200,7 @@ class FlowState(TrainingState):
             of = "train" if part == "val" else "test"
             labels = torch.from_numpy(getattr(self.dataset, f"{of}_labels")[rows[own]])
             x = self._input(rows[own], of, self.device)
-            self._tests[part] = x.to(self.objective.model.prior.means.dtype), labels.to(self.device)
+            self._tests[part] = x.to(next(self.objective.parameters()).dtype), labels.to(self.device)
         return self._tests[part]
 
 
@@ -207,19 +230,69 @@ def count(model: FlowDensity, x: torch.Tensor, labels: torch.Tensor, rows: int =
 def make_objective(config: Config, shape, classes: int, x=None, y=None) -> nn.Module:
     """The loss module of `config.method` around its density, of samples of this shape: (D,) or (C, H, W).
 
-    x: (n, *shape), y: (n,), the labelled training samples, from which ActNorms and means start; without them a density
-    that waits for weights.
+    x: (n, *shape), y: (n,), the labelled training samples, from which ActNorms, means and the classes' shares follow;
+    without them a density that waits for weights.
     """
+    model = (make_scnf if config.method == "scnf" else make_flowgmm)(config, shape, classes, x, y)
+    if x is not None and config.pretrained:
+        load_pretrained(model, config.pretrained)
+    return FLOW_METHODS[config.method](model, config)
+
+
+def make_flowgmm(config: Config, shape, classes: int, x=None, y=None) -> FlowClassifier:
+    """A flow and its mixture; arguments as of `make_objective`."""
     flow = make_flow(config, shape)
     means = torch.zeros(classes, math.prod(shape))
     if x is not None:
         initialize(flow, x[:512])
         means = place_means(config.means, config.means_r, classes, flow, x, y, shape)
-    return FLOW_METHODS[config.method](FlowClassifier(flow, make_prior(config, means)), config)
+    return FlowClassifier(flow, make_prior(config, means))
+
+
+def make_scnf(config: Config, shape, classes: int, x=None, y=None) -> SCNF:
+    """A semi-conditional flow; arguments as of `make_objective`. Raises `UserError` for sizes that cannot be."""
+    f = make_flow(config, shape)
+    deep = config.ssl_dim or f.features
+    if deep > f.features:
+        raise UserError(f"ssl_dim is {deep}, but a sample has only {f.features} dimensions")
+    h = "shift"
+    if config.ssl_model == "cond-flow":
+        if deep < 2**config.ssl_l:
+            raise UserError(f"{deep} dimensions have no room for ssl_l {config.ssl_l}: take --ssl_l 1")
+        h = ConditionalFlow(
+            deep,
+            embedding=max(10, classes),
+            levels=config.ssl_l,
+            steps=config.ssl_k,
+            hidden=config.ssl_hd,
+            conv=CONV_FORMS[config.ssl_conv],
+            factors=config.ssl_hh,
+        )
+    model = SCNF(f, h, classes, deep, None if y is None else torch.bincount(y, minlength=classes))
+    if x is not None:
+        initialize(model, x[:512])
+    return model
+
+
+def load_pretrained(model: FlowDensity, path: str):
+    """Begin with the weights of a published checkpoint or of a run. Raises `UserError` where they do not fit."""
+    content = read_tensors(path)
+    if "normatch" in content:
+        weights = {name.removeprefix("model."): value for name, value in content["ema"].items()}
+        load_weights(model, weights, "model")
+    elif isinstance(model, SCNF):
+        model.load_published(content)
+    else:
+        net = content.get("net", content)
+        model.flow.load_published({name.removeprefix("module."): value for name, value in net.items()})
+        if "means" in content:
+            load_weights(model.prior, {**model.prior.state_dict(), "means": content["means"].detach()}, "prior")
 
 
 def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:
     """The flow that `config.flow` names, for samples of this shape: (D,) or (C, H, W)."""
+    if config.flow == "tabular" and config.method == "scnf":
+        return PointFlow(*shape, config.couplings, config.hidden)
     if config.flow == "tabular":
         return RealNVPTabular(
             *shape, config.couplings, config.hidden, config.layers, config.dropout, zero_init=config.zero_init
@@ -232,6 +305,9 @@ def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:
             f"flow {config.flow} halves an image {halvings} times: its side, {shape[1]}, must be divisible by "
             f"{2**halvings}; --image_size gives another"
         )
+    if kind is MaskedGlow:
+        form = CONV_FORMS[config.conv]
+        return MaskedGlow(shape, config.flow_width, form, config.hh_factors, reversible=config.reversible)
     return kind(shape, width=config.flow_width, blocks=config.flow_blocks, reversible=config.reversible, **options)
 
 
@@ -243,7 +319,11 @@ IMAGE_FLOWS = {
     "realnvp-mnist": (RealNVPMNIST, 2, {}),
     "glow": (Glow, None, {}),
     "glow-mnist": (GlowMNIST, 2, {}),
+    "mnist-masked": (MaskedGlow, 2, {}),
 }
+
+
+CONV_FORMS = {"full": "full", "hh": "householder", "qr": "qr"}  # SCNF's names of the 1 x 1 convolutions
 
 
 def make_prior(config: Config, means: torch.Tensor) -> GaussianMixture:
@@ -254,11 +334,15 @@ def make_prior(config: Config, means: torch.Tensor) -> GaussianMixture:
     return GaussianMixture(means, rho, trainable=trainable)
 
 
-def parameter_groups(model: FlowClassifier, config: Config) -> list[dict]:
+def parameter_groups(model: FlowDensity, config: Config) -> list[dict]:
     """The flow's parameters and the mixture's, with their rates and decays.
 
-    Of an image flow only the gains of weight-normalised layers decay, of the mixture nothing, as published.
+    Of FlowGMM's image flows only the gains of weight-normalised layers decay, of the mixture nothing, and of SCNF
+    everything, as published.
     """
+    if isinstance(model, SCNF):
+        parameters = list(model.parameters())
+        return [{"params": parameters, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay}]
     prior = [p for p in model.prior.parameters() if p.requires_grad]
     named = [(name, p) for name, p in model.flow.named_parameters() if p.requires_grad]
     decays = [p for name, p in named if config.flow == "tabular" or name.endswith(GAINS)]

@@ -14,7 +14,7 @@ import gc
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -307,15 +307,18 @@ def _resident(views: StepViews, start: int, stop: int, device: torch.device, dty
         ahead = min(_AHEAD, 2 * ahead)
 
 
-def table_batches(draws: StepDraws, start: int, stop: int, device: torch.device | str = "cpu", dtype=torch.float32):
-    """The batches of steps start to stop - 1 of a Table, as `Batches` of (B + U, D) standardised rows for images."""
-    return Batches(_rows(draws, start, stop, torch.device(device), dtype), "none", "rows of a table have no views")
+def row_batches(
+    draws: StepDraws, x: Tensor, prepare: Callable[[Tensor], Tensor], start: int, stop: int, device: str | torch.device
+) -> Batches:
+    """The batches of steps start to stop - 1, of samples as they are.
+
+    x: (n, ...) the training samples.   prepare: what makes the model's input of B + U of them, the batch's `images`.
+    """
+    return Batches(_rows(draws, x, prepare, start, stop, torch.device(device)), "none", "samples as they are, no views")
 
 
-def _rows(draws: StepDraws, start: int, stop: int, device: torch.device, dtype: torch.dtype):
-    table = draws.dataset
-    x = torch.from_numpy(table.standardized(table.train_x)).to(device, dtype)
-    labels = torch.from_numpy(table.train_labels).to(device)
+def _rows(draws: StepDraws, x: Tensor, prepare: Callable, start: int, stop: int, device: torch.device):
+    x, labels = x.to(device), torch.from_numpy(draws.dataset.train_labels).to(device)
     b = draws.batch_size // draws.ranks
     streams = (LABELED, UNLABELED) if draws.uratio else (LABELED,)
     for first in range(start, stop, _AHEAD):
@@ -323,7 +326,7 @@ def _rows(draws: StepDraws, start: int, stop: int, device: torch.device, dtype: 
         ahead = np.stack([np.concatenate([draws.draw(stream, step)[0] for stream in streams]) for step in steps])
         for rows in torch.from_numpy(ahead).to(device):
             y = labels[rows]
-            yield {"images": x[rows], "y": y[:b], "u_y": y[b:], "u_index": rows[b:]}
+            yield {"images": prepare(x[rows]), "y": y[:b], "u_y": y[b:], "u_index": rows[b:]}
 
 
 def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dtype: torch.dtype, done, ahead: int = 3):

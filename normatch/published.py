@@ -81,7 +81,7 @@ def read(path: str | Path, dataset: str | None = None) -> dict:
         return load_checkpoint(path, chosen=True)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    content = read_safetensors(path) if path.suffix == ".safetensors" else _tensors_only(path)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint of normatch or of a published layout")
     if "normatch" in content:
@@ -98,7 +98,10 @@ def read(path: str | Path, dataset: str | None = None) -> dict:
         raise UserError(f"{path} has the keys of a published layout, but not its content: {reason}") from None
 
 
-def _tensors_only(path: Path):
+def read_tensors(path: str | Path):
+    """What torch.save wrote to the file, if it is tensors and plain values alone. Raises `UserError`."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes

@@ -1,9 +1,9 @@
 """Normalizing flows: the head that classifies features, and the flows of images and tables."""
 
 from .density import FlowClassifier, FlowDensity, FlowOutput, GaussianMixture
-from .flow import Flow
+from .flow import Flow, initialize
 from .head import Coupling, FlowHead
-from .layers import dequantize, initialize
+from .layers import dequantize
 from .realnvp import Glow, GlowMNIST, RealNVP, RealNVPMNIST, RealNVPTabular
 from .scnf import SCNF, ConditionalFlow, MaskedGlow, PointFlow
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .layers import FactorOut, Squeeze, dequantize, rebuild
+from .layers import ActNorm, FactorOut, Squeeze, dequantize, rebuild
 
 
 class Flow(nn.Module):
@@ -90,6 +90,32 @@ class Flow(nn.Module):
 
     def extra_repr(self):
         return f"shape={self.shape}, levels={self.levels}, reversible={self.reversible}"
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, x: Tensor) -> None:
+    """Sets every ActNorm in `model` from the values that reach it in `model(x)`, in one pass. x: (N, ...).
+
+    Pixels are dequantised with noise: a dimension that is the same in all of x has no deviation of its own.
+    """
+    norms = [module for module in model.modules() if isinstance(module, ActNorm)]
+    if not norms:
+        return
+    training, flows = model.training, [module for module in model.modules() if isinstance(module, Flow)]
+    noises = [flow.noise for flow in flows]
+    try:
+        model.eval()  # BatchNorms then take no part in it
+        for flow in flows:
+            flow.noise = "always"
+        for norm in norms:
+            norm.initializing = True
+        model(x)
+    finally:
+        model.train(training)
+        for flow, noise in zip(flows, noises, strict=True):
+            flow.noise = noise
+        for norm in norms:
+            norm.initializing = False
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], name: str) -> None:

@@ -157,24 +157,6 @@ class NetActNorm(ActNorm):
         return super().forward(x)[0]
 
 
-@torch.no_grad()
-def initialize(flow: nn.Module, x: Tensor, *context) -> None:
-    """Sets every ActNorm in `flow` from the values that reach it when `flow(x, *context)` is called, in one pass."""
-    norms = [module for module in flow.modules() if isinstance(module, ActNorm)]
-    if not norms:
-        return
-    training = flow.training
-    try:
-        flow.eval()  # dequantisation and BatchNorm then take no part in it
-        for norm in norms:
-            norm.initializing = True
-        flow(x, *context)
-    finally:
-        flow.train(training)
-        for norm in norms:
-            norm.initializing = False
-
-
 class InvertibleConv(nn.Module):
     """x: (N, C, H, W) or (..., C) -> W x over the channels, logdet H W log |det W|: an invertible 1 x 1 convolution.
 
