@@ -43,10 +43,11 @@ def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: i
     out = model(x)
     guess = out.class_log_prob.argmax(1).cpu().numpy()
     z, known = out.z.cpu().numpy(), y.cpu().numpy()
-    x_limits, z_limits = _limits(x.cpu().numpy()), _limits(np.concatenate((z, model.prior.means.cpu().numpy())), 0.9)
-    drawn = model.prior.sample(1000)
-    sampled, of = model.inverse(drawn).cpu().numpy(), model.prior(drawn).argmax(1).cpu().numpy()
-    drawn = drawn.cpu().numpy()
+    x_limits, z_limits = _limits(x.cpu().numpy()), _limits(np.concatenate((z, model.class_means().cpu().numpy())), 0.9)
+    drawn = model.sample_latent(1000)
+    sampled = model.inverse(drawn)
+    of = model(sampled).class_log_prob.argmax(1).cpu().numpy()
+    drawn, sampled = drawn.cpu().numpy(), sampled.cpu().numpy()
 
     _scatter(panels[0], x.cpu().numpy(), guess, known)
     _grid(panels[0], x_limits, lambda line: line, x.device)
@@ -111,8 +112,8 @@ def _limits(points, margin=0.25):
 def latent_figure(model: FlowDensity, train, test, other, classes: list[str]):
     """-> Figure: the distances of the means in widths, a reliability diagram, histograms of log p(x)."""
     figure, panels = _figure(1, 3, (14.5, 4.4))
-    means = model.prior.means.cpu()
-    distance = (torch.cdist(means, means) / F.softplus(model.prior.rho).cpu().mean()).numpy()
+    means = model.class_means().cpu()
+    distance = (torch.cdist(means, means) / model.width().cpu()).numpy()
     shown = panels[0].imshow(distance, cmap="viridis")
     figure.colorbar(shown, ax=panels[0], label="in widths σ")
     panels[0].set_title("Distances of the means")

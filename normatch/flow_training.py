@@ -35,6 +35,7 @@ from .methods.flowgmm import FlowGMM, place_means
 from .methods.scnf import SemiConditional
 from .optim import EMA, SCHEDULES, SWA
 from .published import read_tensors
+from .run import load_checkpoint
 from .state import TrainingState
 from .tables import Table
 
@@ -157,7 +158,7 @@ class FlowState(TrainingState):
         rows = np.random.RandomState(0).permutation(len(known))[:5000]
         # The labelled ones among them too: all where there are few.
         rows = np.union1d(rows, self.split.labeled[:1000])
-        dtype = self.objective.model.prior.means.dtype
+        dtype = next(self.objective.parameters()).dtype
         train = self._input(rows, "train", self.device).to(dtype), torch.from_numpy(known[rows])
         test = self._samples("test")
         leave_figures(folder, self.ema.module.model, train, test, shuffled(test[0]), self.dataset.classes)
@@ -257,7 +258,7 @@ def make_scnf(config: Config, shape, classes: int, x=None, y=None) -> SCNF:
         raise UserError(f"ssl_dim is {deep}, but a sample has only {f.features} dimensions")
     h = "shift"
     if config.ssl_model == "cond-flow":
-        if deep < 2**config.ssl_l:
+        if deep < 4 ** (config.ssl_l - 1) * 2:
             raise UserError(f"{deep} dimensions have no room for ssl_l {config.ssl_l}: take --ssl_l 1")
         h = ConditionalFlow(
             deep,
@@ -276,7 +277,7 @@ def make_scnf(config: Config, shape, classes: int, x=None, y=None) -> SCNF:
 
 def load_pretrained(model: FlowDensity, path: str):
     """Begin with the weights of a published checkpoint or of a run. Raises `UserError` where they do not fit."""
-    content = read_tensors(path)
+    content = load_checkpoint(path, chosen=True) if Path(path).is_dir() else read_tensors(path)
     if "normatch" in content:
         weights = {name.removeprefix("model."): value for name, value in content["ema"].items()}
         load_weights(model, weights, "model")

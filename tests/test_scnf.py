@@ -8,7 +8,10 @@ import torch
 from accuracy import assert_near, with_jacobian
 from torch import nn
 
+import normatch
 from normatch import UserError
+from normatch.config import make_config
+from normatch.flow_training import FlowState
 from normatch.flows import SCNF, ConditionalFlow, MaskedGlow, PointFlow, initialize
 from normatch.flows.layers import (
     ActNorm,
@@ -22,6 +25,7 @@ from normatch.flows.layers import (
     Squeeze,
 )
 from normatch.flows.scnf import ConditionalNet, image_net, vector_net
+from normatch.methods.scnf import SemiConditional
 
 # fp32: the largest gap that the published code itself shows between fp32 and fp64 (outputs, gradients).
 GAPS = 5.0e-06, 2.5e-06
@@ -288,3 +292,126 @@ def test_mistakes_are_named(golden):
         ConditionalFlow(2, levels=2)
     with pytest.raises(ValueError, match="cannot be the deep ones"):
         SCNF(PointFlow(), ConditionalFlow(4), 2)
+
+
+# ---- Training -----------------------------------------------------------------------------------------------------
+
+
+def toy_config(out, **keys):
+    keys = {
+        "couplings": 2,
+        "hidden": 16,
+        "ssl_k": 2,
+        "ssl_hd": 16,
+        "steps": 30,
+        "eval_every": 15,
+        "log_every": 5,
+        **keys,
+    }
+    return make_config("scnf-moons", out=str(out), progress=False, device="cpu", **keys)
+
+
+def test_objective_is_that_of_the_paper():
+    model = randomised(SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, 10, 1, 2, 8), 3, class_prior=[3, 1, 1]))
+    batch = {"images": torch.randn(7, 2), "y": torch.tensor([2, 0, 1]), "u_y": torch.full((4,), -1)}
+    config = make_config("scnf-moons", label_weight=1.5, cl_weight=0.3)
+    loss, metrics = SemiConditional(model, config)(batch, torch.tensor(0))
+    log_prob = model.log_prob(batch["images"], torch.cat((batch["y"], batch["u_y"])))
+    weights = torch.tensor([1.5] * 3 + [1.0] * 4)
+    posterior = model.class_log_prob(batch["images"][:3]).log_softmax(1)
+    expected = -(weights / weights.sum() * log_prob).sum() + 0.3 * nn.functional.nll_loss(posterior, batch["y"])
+    torch.testing.assert_close(loss, expected)
+    assert metrics["pseudo_label_accuracy"][1] == 0
+
+
+def test_a_run_learns_resumes_and_leaves_its_pictures(tmp_path):
+    result = normatch.train(toy_config(tmp_path / "run", steps=200, eval_every=100, lr=5e-3))
+    assert result.test_accuracy > 80
+    assert {"plane.png", "latent.png", "summary.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    shift = normatch.train(toy_config(tmp_path / "shift", ssl_model="cond-shift"))
+    assert 0 < shift.test_accuracy <= 100
+
+    begun = normatch.train(toy_config(tmp_path / "more", steps=2, pretrained=str(tmp_path / "run"), lr=0.0))
+    assert abs(begun.test_accuracy - result.test_accuracy) < 1  # the averaged weights, trained no further
+
+
+def test_images_train_as_they_are(tmp_path):
+    keys = {"flow": "mnist-masked", "flow_width": 4, "ssl_dim": 16, "ssl_k": 1, "num_labels": 40, "batch_size": 10}
+    config = toy_config(tmp_path, dataset="digits", uratio=2, steps=3, **{**keys, "ssl_l": 2})
+    result = normatch.train(config)
+    assert result.summary["augment_backend"] == "none"
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_published_model_can_be_begun_with(tmp_path):
+    keys = {"flow": "mnist-masked", "flow_width": 4, "ssl_dim": 16, "num_labels": 40, "batch_size": 10, "uratio": 1}
+    state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"))
+    ours = {name: torch.randn_like(value) for name, value in state.objective.model.state_dict().items()}
+    names = (("f.layers.", "flow.modules_."), ("h.layers.", "prior.flow.modules_."))
+    names += (("embedding", "prior.flow.embeddings.weight"), ("aux_rho", "prior.shallow_prior.logsigma"))
+    names += (("deep_rho", "prior.deep_prior.logsigma"),)
+    published = {"flow.modules_.2.mask": torch.ones(1), "prior.deep_prior.mean": torch.zeros(16)}
+    for name, value in ours.items():
+        for own, theirs in names:
+            if name.startswith(own):
+                published[theirs + name.removeprefix(own)] = value
+    torch.save(published, tmp_path / "model.torch")
+    begun = FlowState(
+        toy_config(tmp_path, dataset="digits", pretrained=str(tmp_path / "model.torch"), **keys), torch.device("cpu")
+    )
+    for name, value in begun.objective.model.state_dict().items():
+        assert name == "log_prior" or torch.equal(value, ours[name]), name
+    with pytest.raises(UserError, match="another architecture"):
+        FlowState(toy_config(tmp_path, pretrained=str(tmp_path / "model.torch")), torch.device("cpu"))
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        FlowState(toy_config(tmp_path, pretrained=str(tmp_path / "none.torch")), torch.device("cpu"))
+
+
+PUBLISHED = """
+seed: 0
+data: mnist
+num_examples: -1
+sup_sample_weight: 0.5
+lr: 0.001
+epochs: 500
+train_bs: 256
+test_bs: 512
+lr_schedule: linear
+pretrained: ''
+weight_decay: 1.0e-05
+model: mnist-masked
+conv: full
+hid_dim: []
+k: 4
+l: 2
+ssl_model: cond-flow
+ssl_dim: 196
+ssl_l: 2
+ssl_k: 4
+ssl_hd: 256
+supervised: 100
+sup_weight: 1
+cl_weight: 0
+clip_gn: 100
+"""
+
+
+def test_published_configuration_is_the_preset(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(PUBLISHED)
+    assert make_config(file=path) == make_config("scnf-mnist-100")
+    path.write_text(PUBLISHED.replace("lr_schedule: linear", "lr_schedule: hat\nlr_warmup: 10"))
+    assert make_config(file=path).warmup == 2350
+    path.write_text(PUBLISHED.replace("sup_sample_weight: 0.5", "sup_sample_weight: -1"))
+    with pytest.raises(UserError, match="sup_sample_weight must be positive"):
+        make_config(file=path)
+
+
+def test_sizes_that_cannot_be_are_named(tmp_path):
+    for keys, message in (
+        ({"ssl_dim": 3}, "only 2 dimensions"),
+        ({"ssl_l": 2}, "take --ssl_l 1"),
+        ({"flow": "mnist-masked"}, "take --flow tabular"),
+    ):
+        with pytest.raises(UserError, match=message):
+            FlowState(toy_config(tmp_path, **keys), torch.device("cpu"))

@@ -22,10 +22,15 @@ class FlowOutput(NamedTuple):
 class FlowDensity(nn.Module):
     """x: (N, ...) -> FlowOutput: a density log p(x, y) of samples and their classes, with an inverse and samples.
 
-    A model has `forward`, `inverse(z) -> x`, `sample(n, y, generator) -> x` and `log_class_prior() -> (K,)`; what
-    follows is the same for all, in the manner of `torch.distributions`. All log-densities are in nats, of x as it is
-    given: no dequantisation constant is added.
+    A model has `forward`, `inverse(z) -> x`, `sample_latent(n, y, generator) -> z`, `log_class_prior() -> (K,)`, and of
+    its latent space `class_means() -> (K, D)` and `width() -> ()`; what follows is the same for all, in the manner of
+    `torch.distributions`. All log-densities are in nats, of x as it is given: no dequantisation constant is added.
     """
+
+    @torch.no_grad()
+    def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n samples (n, ...), of class y (an int, or one a row (n,)) or of the mixture of all."""
+        return self.inverse(self.sample_latent(n, y, generator))
 
     def log_prob(self, x: torch.Tensor, y: torch.Tensor | int | None = None) -> torch.Tensor:
         """x: (N, ...), y: (N,) or an int -> (N,): log p(x | y), and log p(x) without y and where y is -1.
@@ -138,10 +143,17 @@ class FlowClassifier(FlowDensity):
         """z: (N, D) -> x (N, ...)."""
         return self.flow.inverse(z)
 
-    @torch.no_grad()
-    def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n samples (n, ...), of class y (an int, or one a row (n,)) or of the mixture."""
-        return self.inverse(self.prior.sample(n, y, generator))
+    def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n latent points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
+        return self.prior.sample(n, y, generator)
+
+    def class_means(self) -> torch.Tensor:
+        """(K, D) the means of the mixture."""
+        return self.prior.means
+
+    def width(self) -> torch.Tensor:
+        """() the mean standard deviation of the mixture's components."""
+        return F.softplus(self.prior.rho).mean()
 
     def log_class_prior(self) -> torch.Tensor:
         """(K,) log pi."""

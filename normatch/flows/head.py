@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .. import ops
 from .density import FlowDensity, FlowOutput, sample_mixture
@@ -151,7 +152,20 @@ class FlowHead(FlowDensity):
     @torch.no_grad()
     def sample(self, n: int, label=None, generator: torch.Generator | None = None) -> torch.Tensor:
         """n features (n, D) drawn from the density, of class `label` (an int, or one a row (n,)) or of the mixture."""
-        return self.inverse(sample_mixture(self.means, self.rho, self.mixture_logits, n, label, generator))
+        return self.inverse(self.sample_latent(n, label, generator))
+
+    @torch.no_grad()
+    def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n latent points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
+        return sample_mixture(self.means, self.rho, self.mixture_logits, n, y, generator)
+
+    def class_means(self) -> torch.Tensor:
+        """(K, D) the means of the mixture."""
+        return self.means
+
+    def width(self) -> torch.Tensor:
+        """() the mean standard deviation of the mixture's components."""
+        return F.softplus(self.rho).mean()
 
     def log_class_prior(self) -> torch.Tensor:
         """(K,) log pi."""

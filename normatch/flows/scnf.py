@@ -274,15 +274,24 @@ class SCNF(FlowDensity):
         return z, self.h(self._split(z)[1], self.embedding[self._checked_label(y, len(x), z.device)])[0]
 
     @torch.no_grad()
-    def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> Tensor:
-        """n samples (n, *shape), of class y (an int, or one a row (n,)) or of classes drawn from p(y)."""
+    def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> Tensor:
+        """n points (n, D) of f's latent space, of class y (an int, or one a row (n,)) or of classes drawn from p(y)."""
         if y is None:
             y = torch.multinomial(self.log_prior.exp(), n, replacement=True, generator=generator)
         y = checked_classes(y, n, self.classes, self.embedding.device)
         like = self.embedding
         noise = torch.randn(n, self.f.features, generator=generator, device=like.device, dtype=like.dtype)
         aux, deep = self._split(noise * F.softplus(torch.cat((self.aux_rho, self.deep_rho))))
-        return self.f.inverse(torch.cat((aux, self.h.inverse(deep, self.embedding[y])), 1))
+        return torch.cat((aux, self.h.inverse(deep, self.embedding[y])), 1)
+
+    def class_means(self) -> Tensor:
+        """(K, D) the points of f's latent space that h takes to 0 given each class."""
+        deep = self.h.inverse(self.deep_rho.new_zeros(self.classes, self.deep), self.embedding)
+        return torch.cat((deep.new_zeros(self.classes, self.f.features - self.deep), deep), 1)
+
+    def width(self) -> Tensor:
+        """() the mean standard deviation of z_h."""
+        return F.softplus(self.deep_rho).mean()
 
     def log_class_prior(self) -> Tensor:
         """(K,) log p(y)."""
