@@ -328,6 +328,7 @@ def test_a_run_learns_resumes_and_leaves_its_pictures(tmp_path):
     result = normatch.train(toy_config(tmp_path / "run", steps=200, eval_every=100, lr=5e-3))
     assert result.test_accuracy > 80
     assert {"plane.png", "latent.png", "summary.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert normatch.evaluate(tmp_path / "run")["test_accuracy"] == pytest.approx(result.test_accuracy, abs=0.11)
     shift = normatch.train(toy_config(tmp_path / "shift", ssl_model="cond-shift"))
     assert 0 < shift.test_accuracy <= 100
 
