@@ -57,7 +57,9 @@ class FlowState(TrainingState):
     ):
         super().__init__(config, device)
         if dataset is None:
-            dataset = load_dataset(config.dataset, config.data_dir, config.download, config.image_size, config.compat)
+            dataset = load_dataset(
+                config.dataset, config.data_dir, config.download, config.image_size, config.compat, config.in_memory
+            )
             split = make_split(dataset, config.num_labels, config.seed, config.num_val)
         table = isinstance(dataset, Table)
         if table and config.flow != "tabular":

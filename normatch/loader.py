@@ -2,7 +2,8 @@
 
 `make_batches` is all that a training loop calls. What computes the views is a backend:
 
-    native   the op `ops.augment_views` on images that stay in memory, on the host or the device, in this process
+    native   the op `ops.augment_views`, in this process, on images that stay in the memory of the host or the device,
+             or that a thread brings there
     dali     an NVIDIA DALI pipeline with the same parameters (`normatch.dali`)
     pil      Pillow in worker processes, the oracle of the other two
 
@@ -66,12 +67,17 @@ class StepDraws:
 
     def draw(self, stream: int, step: int):
         """-> (n,), (n,) int64: a step's rows of the training set, and how often each was drawn before."""
+        rows, visits = self.draw_ahead(stream, step, 1)
+        return rows[0], visits[0]
+
+    def draw_ahead(self, stream: int, step: int, steps: int):
+        """-> (steps, n), (steps, n) int64: the same for `steps` steps from `step` on, for little more."""
         pool = self.split.labeled if stream == LABELED else self.split.unlabeled
         count = self.batch_size * (1 if stream == LABELED else self.uratio)
-        start = step * count
-        order = sample_order(len(pool), self.seed, stream, start, count)
-        mine = slice(self.rank, None, self.ranks)
-        return pool[order][mine], (np.arange(start, start + count) // len(pool))[mine]
+        places = np.arange(step * count, (step + steps) * count)
+        order = sample_order(len(pool), self.seed, stream, step * count, steps * count)
+        both = pool[order], places // len(pool)
+        return tuple(values.reshape(steps, count)[:, self.rank :: self.ranks] for values in both)
 
 
 class StepViews(StepDraws, torch.utils.data.Dataset):
@@ -104,12 +110,16 @@ class StepViews(StepDraws, torch.utils.data.Dataset):
 
     def draws(self, step: int):
         """-> (B + 2U, 4) int64: what `ops.augment_views` is to make of a step, in the order x, u_weak, u_strong."""
-        kinds = [(*self.draw(LABELED, step), View.LABELED_WEAK)]
+        return self.draws_ahead(step, 1)[0]
+
+    def draws_ahead(self, step: int, steps: int):
+        """-> (steps, B + 2U, 4) int64: the same for `steps` steps from `step` on."""
+        kinds = [(*self.draw_ahead(LABELED, step, steps), View.LABELED_WEAK)]
         if self.uratio:
-            unlabeled = self.draw(UNLABELED, step)
+            unlabeled = self.draw_ahead(UNLABELED, step, steps)
             kinds += [(*unlabeled, View.UNLABELED_WEAK), (*unlabeled, View.UNLABELED_STRONG)]
-        parts = [np.stack([index, index, visit, np.full_like(index, view)], 1) for index, visit, view in kinds]
-        return np.concatenate(parts)
+        parts = [np.stack([index, index, visit, np.full_like(index, view)], 2) for index, visit, view in kinds]
+        return np.concatenate(parts, axis=1)
 
     def _views(self, index, visit, view: View):
         images = self.dataset.train_images[index]
@@ -291,7 +301,7 @@ def _resident(views: StepViews, start: int, stop: int, device: torch.device, dty
     ahead = 1  # the first step must not wait for the counters of the next 63
     while step < stop:
         count = min(ahead, stop - step)
-        counters = torch.from_numpy(np.stack([views.draws(step + i) for i in range(count)]))
+        counters = torch.from_numpy(views.draws_ahead(step, count))
         if device.type == "cuda":
             counters = counters.pin_memory().to(device, non_blocking=True)
         for draws in counters:
@@ -322,8 +332,8 @@ def _rows(draws: StepDraws, x: Tensor, prepare: Callable, start: int, stop: int,
     b = draws.batch_size // draws.ranks
     streams = (LABELED, UNLABELED) if draws.uratio else (LABELED,)
     for first in range(start, stop, _AHEAD):
-        steps = range(first, min(first + _AHEAD, stop))
-        ahead = np.stack([np.concatenate([draws.draw(stream, step)[0] for stream in streams]) for step in steps])
+        count = min(_AHEAD, stop - first)
+        ahead = np.concatenate([draws.draw_ahead(stream, first, count)[0] for stream in streams], axis=1)
         for rows in torch.from_numpy(ahead).to(device):
             y = labels[rows]
             yield {"images": prepare(x[rows]), "y": y[:b], "u_y": y[b:], "u_index": rows[b:]}
