@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from typing import Literal, get_args, get_origin
 
 from . import __version__
@@ -17,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     # step ten times as long, and sleeping at once costs a sixth on idle ones.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = sys.argv[1:] if arguments is None else arguments
+    format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         options = make_parser(arguments[:2]).parse_args(_spell_check(arguments))
         return options.run(options)
@@ -34,6 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"normatch: {error}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = format_before
+
+
+def _one_line(message, category, filename, lineno, line=None) -> str:
+    """A warning as the user should see it: what is the matter, not where in the code it was noticed."""
+    return f"normatch: {' '.join(str(message).split())}\n"
 
 
 class _Parser(argparse.ArgumentParser):

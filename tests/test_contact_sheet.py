@@ -1,11 +1,14 @@
 """`normatch data`: the counts it prints, the picture it writes, and what it says of a damaged folder."""
 
 import argparse
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from real_data import ROOT
 
 from normatch.augment import POLICIES, View, draw_parameters, strong_views, weak_views
 from normatch.contact_sheet import contact_sheet, data_arguments, data_command, describe
@@ -101,3 +104,16 @@ def test_many_classes_are_summed_up():
     digits = load_dataset("digits")
     many = replace(digits, classes=[f"class {i}" for i in range(100)])
     assert any("and 80 more" in line for line in describe(many))
+
+
+def test_a_warning_is_one_line(tmp_path):
+    for i, place in enumerate(("train/a", "train/b", "test/a", "test/b", "unlabeled")):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / place / "0.png")
+    (tmp_path / "unlabeled" / "1.png").write_text("no image")
+    command = [sys.executable, "-m", "normatch", "data", str(tmp_path), "--out", str(tmp_path / "v.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if "unlabelled" in line]
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("normatch: 1 of 2 unlabelled images in ")
+    assert "folders.py" not in done.stderr
