@@ -143,6 +143,15 @@ POLICIES["fixmatch-paper"] = replace(
 )
 # Flip and shift alone: the strong view is a second weak one.
 POLICIES["weak"] = replace(POLICIES["kekmodel"], num_ops=0, cutout_pixels=0)
+# For densities, whose samples have to stay what they are: two of a slight turn and slight shears.
+POLICIES["affine"] = replace(
+    POLICIES["weak"],
+    num_ops=2,
+    ops=("Rotate", "ShearX", "ShearY"),
+    ranges={"Rotate": (0, 20), "ShearX": (0, 0.25), "ShearY": (0, 0.25)},
+    levels=0,
+    probability=1.0,
+)
 
 MAX_OPS, MAX_LEVELS, MAX_SIDE = 8, 32, 2048  # what the native op has room for
 

@@ -22,14 +22,14 @@ class FlowGMM(nn.Module):
     """batch, step -> loss, metrics: `model`, a flow with its mixture, in training; all that is averaged and saved.
 
     The batch holds images (B + U, ...) or (B + 2U, ...), y (B,) and u_y (U,): its rows are the labelled samples, the
-    unlabelled ones and, in images, second views of the unlabelled ones.
+    unlabelled ones and, in images, second views of the unlabelled ones, which then are the ones to learn from.
 
         L = label_weight L_x + lambda_u L_u + r consistency_weight L_c
 
     L_x with labelled_loss "joint": -log p(x, y), the mean over labelled rows, eq. 8 of the paper; with "classes":
     -log p(y | x), the cross-entropy. L_u: -log p(x), the mean over unlabelled rows and, with "classes", over the
     labelled ones too, so that the two forms are one objective, p(x, y) = p(y | x) p(x), but for their weights. L_c:
-    -log p(x' | y'), the mean over unlabelled rows x', with y' the class that their second views are given, section 4.
+    -log p(x' | y'), the mean over unlabelled rows x', with y' the class that their other views are given, section 4.
     r rises from 0 to 1 over the first `consistency_rampup` steps. Densities are in nats, of the rows as they are given.
 
     Where there is no second view, as in tables, it is the same row with another draw of `noise`: Gaussian noise of
@@ -47,7 +47,11 @@ class FlowGMM(nn.Module):
         consistent = config.consistency_weight > 0 and u > 0
         if not (config.lambda_u or consistent):
             u, u_y = 0, u_y[:0]  # labelled only: the rest need not be looked at
-        views, second = x[: b + u], (x[b + u :] if len(x) == b + 2 * u else x[b : b + u])
+        views, second = x[: b + u], x[b : b + u]
+        if (
+            u and len(x) == b + 2 * u
+        ):  # the stronger views, where the policy makes a difference, are those to learn from
+            views = torch.cat((x[:b], x[b + u :]))
         if config.noise:
             views, second = (rows + config.noise * torch.randn_like(rows) for rows in (views, second))
         bf16 = config.precision == "bf16"  # the networks in the couplings alone; sums and likelihoods stay in fp32

@@ -1,0 +1,62 @@
+"""The baselines beside the flows, and the table of both."""
+
+import json
+
+import numpy as np
+import pytest
+
+from normatch import baselines
+from normatch.baselines import BASELINES, compare
+from normatch.cli import main
+from normatch.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "angular"),
+    [
+        *((name, False) for name in BASELINES),
+        ("kNN", True),
+        ("kNN label spreading", True),
+        ("RBF label spreading", True),
+    ],
+)
+def test_every_baseline_learns_three_clusters(name, angular):
+    rng = np.random.RandomState(0)
+    centres = np.array([[4, 0, 0], [0, 4, 0], [0, 0, 4]], np.float32)
+    y = np.arange(150) % 3
+    x = (centres[y] + rng.randn(150, 3)).astype(np.float32)
+    predicted = BASELINES[name](x[:9], y[:9], x, x[100:], angular, seed=0)
+    assert (predicted == y[100:]).mean() > 0.9
+
+
+def test_the_graph_uses_rows_without_a_label():
+    angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+    x = np.concatenate((circle, 3 * circle)).astype(np.float32)  # two rings, two labels on each
+    y = np.repeat([0, 1], 200)
+    labelled = [0, 100, 200, 300]
+    spread = BASELINES["kNN label spreading"](x[labelled], y[labelled], x, x, False, seed=0)
+    straight = BASELINES["logistic regression"](x[labelled], y[labelled], x, x, False, seed=0)
+    assert (spread == y).mean() > 0.99 > 0.7 > (straight == y).mean()
+
+
+def test_compare_prints_and_leaves_the_table(tmp_path, capsys, monkeypatch):
+    kept = ("kNN", "logistic regression")
+    monkeypatch.setattr(baselines, "BASELINES", {name: BASELINES[name] for name in kept})
+    settings = {"steps": 40, "eval_every": 40, "lr": 1e-2, "hidden": 8, "progress": False, "device": "cpu"}
+    table = compare("iris", seeds=(0, 1), out=tmp_path / "iris", **settings)
+    assert (tmp_path / "iris.md").read_text() == table and table.count("\n") == 5
+    assert "| iris, 15 labels | test accuracy, % | seeds | seconds |" in table and "| flowgmm |" in table
+    records = json.loads((tmp_path / "iris.json").read_text())
+    assert [r["method"] for r in records] == [*kept, "flowgmm"] * 2
+    assert all(r["test_accuracy"] > (40 if r["method"] == "flowgmm" else 75) for r in records)
+    assert "seed 1: kNN" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_said(capsys):
+    with pytest.raises(UserError, match="no preset or data set 'irs' for a flow; did you mean"):
+        compare("irs")
+    assert main(["compare", "ag-news", "--data_dir", "/nowhere"]) == 1
+    assert "ag-news is not in /nowhere" in capsys.readouterr().err
+    assert main(["embed", "ag-news", "--data_dir", "/nowhere", "--model", "x"]) == 1
+    assert "ag-news is not in /nowhere" in capsys.readouterr().err
