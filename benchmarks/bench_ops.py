@@ -4,10 +4,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from normatch.bench.kernels import cases, expanded_mixture, published_mixture
-from normatch.bench.measure import check_agreement, make_call, operations, rate
-
-__all__ = ["expanded_mixture", "published_mixture", "rate"]  # for the other files of this folder
+from normatch.bench.kernels import cases
+from normatch.bench.measure import check_agreement, make_call, operations
 
 CASES = [(case, provider) for case in cases() for provider in case.providers]
 

@@ -10,51 +10,34 @@
 namespace normatch {
 namespace {
 
-// The gain's gradient sums over rows: in registers' type over kBlock rows, these into a double for each
-// chunk.
-constexpr int64_t kBlock = 32;
-
-Chunks chunks_of(int64_t rows, int64_t width) {
-  return Chunks(rows, std::max<int64_t>(kBlock, 16384 / std::max<int64_t>(1, width)), 256);
-}
-
-// element(row, column, load, store, gain) -> this element's term of the gain's gradient.
-template <typename V, typename Acc, typename F>
-NM_HD void sum_over_rows(const Chunks& chunks, int64_t chunk, int64_t width, const Acc* gain, double* sums,
-                         const F& element) {
-  std::vector<Acc> block(width);
-  std::fill_n(sums, width, 0.0);
-  for (int64_t first = chunks.begin(chunk); first < chunks.end(chunk); first += kBlock) {
-    std::fill(block.begin(), block.end(), Acc(0));
-    for (int64_t i = first; i < std::min(first + kBlock, chunks.end(chunk)); ++i)
-      for_columns<V>(0, width, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
-        store(&block[j], load(&block[j]) + element(i, j, load, store, load(gain + j)));
-      });
-    for (int64_t j = 0; j < width; ++j) sums[j] += block[j];
+// The sum over a row of element(column, scale, load, store). The tanhs of a stretch are made ahead of what is made of
+// them: tanh and exp in one go are so long a chain of dependent operations that the processor cannot hold enough
+// elements at once to hide it.
+template <typename V, typename Acc, typename T, typename F>
+NM_HD double for_scales(const T* s_raw, const Acc* gain, int64_t width, const F& element) {
+  constexpr int64_t kStretch = 16 * kLanes<V>;
+  alignas(64) Acc tanhs[kStretch];
+  double total = 0;
+  for (int64_t begin = 0; begin < width; begin += kStretch) {
+    const int64_t end = std::min(begin + kStretch, width);
+    for_columns<V>(begin, end, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+      store(tanhs + (j - begin), Math<V>::tanh(load(s_raw + j)));
+    });
+    V sum{};
+    for_columns<V>(begin, end, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+      const V tanh_s = load(tanhs + (j - begin));
+      sum += element(j, AffineScale<V>{tanh_s, load(gain + j) * tanh_s}, load, store);
+    });
+    total += exact_sum(sum);
   }
+  return total;
 }
 
-// Runs chunk(c, sums) for every chunk and adds up the sums, in order.
-template <typename Acc, typename F>
-Tensor gain_gradient(const Tensor& gain, const Chunks& chunks, int64_t width, const F& chunk) {
-  std::vector<double> partial(chunks.count * width);
-  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) chunk(c, partial.data() + c * width);
-  });
-  Tensor grad = new_tensor(gain, {width}, gain.scalar_type());
-  Acc* out = grad.mutable_data_ptr<Acc>();
-  for (int64_t j = 0; j < width; ++j) {
-    double sum = 0;
-    for (int64_t c = 0; c < chunks.count; ++c) sum += partial[c * width + j];
-    out[j] = Acc(sum);
-  }
-  return grad;
-}
-
-std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
+// y of x and the log-determinants, or x of y (and no log-determinants: null).
+template <bool kInverse>
+Tensor map_rows(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain, const Tensor* logdet) {
   const int64_t rows = x.size(0), width = x.size(1);
   const Tensor y = new_tensor(x, {rows, width}, x.scalar_type());
-  const Tensor logdet = new_tensor(x, {rows}, accumulation_type(x));
   const Tensor dense_x = dense_rows(x), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
   const Tensor dense_gain = torch::stable::contiguous(gain);
   dispatch(x.scalar_type(), [&](auto type) {
@@ -63,110 +46,104 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw,
     const auto in = read_rows<T>(dense_x), s = read_rows<T>(dense_s), shift = read_rows<T>(dense_t);
     const auto out = write_rows<T>(y);
     const Acc* g = dense_gain.const_data_ptr<Acc>();
-    Acc* sums = logdet.mutable_data_ptr<Acc>();
+    Acc* const sums = logdet ? logdet->mutable_data_ptr<Acc>() : nullptr;
+    const bool streaming = should_stream(rows, width, out);
     parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
       vectorised<T>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
-        for (int64_t i = begin; i < end; ++i)
-          sums[i] = blocked_sum<V>(width, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
-            const V log_scale = affine_scale(load(s[i] + j), load(g + j)).s;
-            store(out[i] + j, affine_forward(load(in[i] + j), load(shift[i] + j), log_scale));
-            return log_scale;
-          });
+        for (int64_t i = begin; i < end; ++i) {
+          const double sum = for_scales<V>(
+              s[i], g, width, [&](int64_t j, AffineScale<V> scale, const auto& load, const auto& store) NM_INLINE {
+                const V value = load(in[i] + j), move = load(shift[i] + j);
+                store(out[i] + j,
+                      kInverse ? affine_inverse(value, move, scale.s) : affine_forward(value, move, scale.s),
+                      streaming);
+                return scale.s;
+              });
+          if (sums) sums[i] = Acc(sum);
+        }
       });
+      if (streaming) stream_fence();
     });
   });
-  return {y, logdet};
+  return y;
+}
+
+// The gradients of x (or y), which is that of t too (or its opposite), s_raw and gain. That of the gain sums over rows:
+// in registers' type over kBlock rows, these into a double for each chunk, the chunks in order.
+template <bool kInverse>
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& upstream, const Tensor* grad_logdet, const Tensor& y,
+                                             const Tensor& s_raw, const Tensor& gain) {
+  constexpr int64_t kBlock = 32;
+  const int64_t rows = y.size(0), width = y.size(1);
+  const Tensor grad_in = new_tensor(y, {rows, width}, y.scalar_type());
+  const Tensor grad_s = new_tensor(y, {rows, width}, y.scalar_type());
+  const Tensor grad_gain = new_tensor(gain, {width}, gain.scalar_type());
+  const Tensor dense_upstream = dense_rows(upstream), dense_y = dense_rows(y), dense_s = dense_rows(s_raw);
+  const Tensor dense_gain = torch::stable::contiguous(gain);
+  const Chunks chunks(rows, std::max<int64_t>(kBlock, 16384 / std::max<int64_t>(1, width)), 256);
+  std::vector<double> partial(chunks.count * width);
+  dispatch(y.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Acc = acc_t<T>;
+    const auto up = read_rows<T>(dense_upstream), out = read_rows<T>(dense_y), s = read_rows<T>(dense_s);
+    const auto din = write_rows<T>(grad_in), ds = write_rows<T>(grad_s);
+    const Acc* const dlogdet = grad_logdet ? grad_logdet->const_data_ptr<Acc>() : nullptr;
+    const int64_t dlogdet_stride = grad_logdet ? grad_logdet->stride(0) : 0;
+    const Acc* g = dense_gain.const_data_ptr<Acc>();
+    const bool streaming = should_stream(rows, width, din) && should_stream(rows, width, ds);
+    torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
+      std::vector<Acc> block(width);
+      vectorised<T>([&](auto lanes) NM_INLINE {
+        using V = typename decltype(lanes)::type;
+        for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk)
+          for (int64_t first = chunks.begin(chunk); first < chunks.end(chunk); first += kBlock) {
+            std::fill(block.begin(), block.end(), Acc(0));
+            for (int64_t i = first; i < std::min(first + kBlock, chunks.end(chunk)); ++i) {
+              const V above = V{} + (dlogdet ? dlogdet[i * dlogdet_stride] : Acc(0));
+              for_scales<V>(s[i], g, width,
+                            [&](int64_t j, AffineScale<V> scale, const auto& load, const auto& store) NM_INLINE {
+                              const V from = load(up[i] + j), value = load(out[i] + j), gain_j = load(g + j);
+                              const auto grad = kInverse ? affine_inverse_backward(from, value, scale, gain_j)
+                                                         : affine_backward(from, above, value, scale, gain_j);
+                              store(din[i] + j, grad.input, streaming);
+                              store(ds[i] + j, grad.s_raw, streaming);
+                              store(&block[j], load(&block[j]) + grad.gain);
+                              return V{};
+                            });
+            }
+            for (int64_t j = 0; j < width; ++j) partial[chunk * width + j] += block[j];
+          }
+      });
+      if (streaming) stream_fence();
+    });
+    Acc* const total = grad_gain.mutable_data_ptr<Acc>();
+    for (int64_t j = 0; j < width; ++j) {
+      double sum = 0;
+      for (int64_t c = 0; c < chunks.count; ++c) sum += partial[c * width + j];
+      total[j] = Acc(sum);
+    }
+  });
+  return {grad_in, grad_s, grad_gain};
+}
+
+std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
+  const Tensor logdet = new_tensor(x, {x.size(0)}, accumulation_type(x));
+  return {map_rows<false>(x, s_raw, t, gain, &logdet), logdet};
+}
+
+Tensor affine_coupling_inverse(const Tensor& y, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
+  return map_rows<true>(y, s_raw, t, gain, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y, const Tensor& grad_logdet,
                                                             const Tensor& y, const Tensor& s_raw, const Tensor& gain) {
-  const int64_t rows = y.size(0), width = y.size(1);
-  const Tensor grad_x = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor grad_s = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor dense_grad = dense_rows(grad_y), dense_y = dense_rows(y), dense_s = dense_rows(s_raw);
-  const Tensor dense_gain = torch::stable::contiguous(gain);
-  const Chunks chunks = chunks_of(rows, width);
-  Tensor grad_gain;
-  dispatch(y.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
-    const auto dy = read_rows<T>(dense_grad), out = read_rows<T>(dense_y), s = read_rows<T>(dense_s);
-    const auto dx = write_rows<T>(grad_x), ds = write_rows<T>(grad_s);
-    const Rows<const Acc> dlogdet{grad_logdet.const_data_ptr<Acc>(), grad_logdet.stride(0)};
-    const Acc* g = dense_gain.const_data_ptr<Acc>();
-    grad_gain = gain_gradient<Acc>(dense_gain, chunks, width, [&](int64_t chunk, double* sums) {
-      vectorised<T>([&](auto lanes) NM_INLINE {
-        using V = typename decltype(lanes)::type;
-        sum_over_rows<V>(chunks, chunk, width, g, sums,
-                         [&](int64_t i, int64_t j, const auto& load, const auto& store, V gain_j) NM_INLINE {
-                           const auto grad = affine_backward(load(dy[i] + j), V{} + *dlogdet[i], load(out[i] + j),
-                                                             load(s[i] + j), gain_j);
-                           store(dx[i] + j, grad.input);
-                           store(ds[i] + j, grad.s_raw);
-                           return grad.gain;
-                         });
-      });
-    });
-  });
-  return {grad_x, grad_s, grad_gain};
-}
-
-Tensor affine_coupling_inverse(const Tensor& y, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
-  const int64_t rows = y.size(0), width = y.size(1);
-  const Tensor x = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor dense_y = dense_rows(y), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
-  const Tensor dense_gain = torch::stable::contiguous(gain);
-  dispatch(y.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
-    const auto in = read_rows<T>(dense_y), s = read_rows<T>(dense_s), shift = read_rows<T>(dense_t);
-    const auto out = write_rows<T>(x);
-    const Acc* g = dense_gain.const_data_ptr<Acc>();
-    parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-      vectorised<T>([&](auto lanes) NM_INLINE {
-        using V = typename decltype(lanes)::type;
-        for (int64_t i = begin; i < end; ++i)
-          for_columns<V>(0, width, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
-            const V log_scale = affine_scale(load(s[i] + j), load(g + j)).s;
-            store(out[i] + j, affine_inverse(load(in[i] + j), load(shift[i] + j), log_scale));
-          });
-      });
-    });
-  });
-  return x;
+  return gradients<false>(grad_y, &grad_logdet, y, s_raw, gain);
 }
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_inverse_backward(const Tensor& grad_x, const Tensor& y,
                                                                     const Tensor& s_raw, const Tensor& gain) {
-  const int64_t rows = y.size(0), width = y.size(1);
-  const Tensor grad_y = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor grad_s = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor dense_grad = dense_rows(grad_x), dense_y = dense_rows(y), dense_s = dense_rows(s_raw);
-  const Tensor dense_gain = torch::stable::contiguous(gain);
-  const Chunks chunks = chunks_of(rows, width);
-  Tensor grad_gain;
-  dispatch(y.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
-    const auto dx = read_rows<T>(dense_grad), in = read_rows<T>(dense_y), s = read_rows<T>(dense_s);
-    const auto dy = write_rows<T>(grad_y), ds = write_rows<T>(grad_s);
-    const Acc* g = dense_gain.const_data_ptr<Acc>();
-    grad_gain = gain_gradient<Acc>(dense_gain, chunks, width, [&](int64_t chunk, double* sums) {
-      vectorised<T>([&](auto lanes) NM_INLINE {
-        using V = typename decltype(lanes)::type;
-        sum_over_rows<V>(chunks, chunk, width, g, sums,
-                         [&](int64_t i, int64_t j, const auto& load, const auto& store, V gain_j) NM_INLINE {
-                           const auto grad =
-                               affine_inverse_backward(load(dx[i] + j), load(in[i] + j), load(s[i] + j), gain_j);
-                           store(dy[i] + j, grad.input);
-                           store(ds[i] + j, grad.s_raw);
-                           return grad.gain;
-                         });
-      });
-    });
-  });
-  return {grad_y, grad_s, grad_gain};
+  return gradients<true>(grad_x, nullptr, y, s_raw, gain);
 }
 
 }  // namespace

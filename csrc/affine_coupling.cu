@@ -139,8 +139,9 @@ __global__ void affine_coupling_backward_kernel(Rows<const T> upstream, Rows<con
       load_values(s_raw[row] + column, scale);
       const Acc dlogdet = kInverse ? Acc(0) : *grad_logdet[row];
       for (int i = 0; i < kCount; ++i) {
-        const AffineGradients<Acc> found = kInverse ? affine_inverse_backward(grad[i], out[i], scale[i], g[i])
-                                                    : affine_backward(grad[i], dlogdet, out[i], scale[i], g[i]);
+        const AffineScale<Acc> of = affine_scale(scale[i], g[i]);
+        const AffineGradients<Acc> found = kInverse ? affine_inverse_backward(grad[i], out[i], of, g[i])
+                                                    : affine_backward(grad[i], dlogdet, out[i], of, g[i]);
         grad[i] = found.input;
         scale[i] = found.s_raw;
         sums[i] += found.gain;

@@ -40,15 +40,13 @@ NM_HD AffineGradients<V> affine_gradients(V grad_input, V grad_s, V tanh_s, V ga
 
 // dx = dy exp(s) (and dt = dx); ds = dy y + dlogdet, because dy/ds = y.
 template <typename V>
-NM_HD AffineGradients<V> affine_backward(V grad_y, V grad_logdet, V y, V s_raw, V gain) {
-  const AffineScale<V> scale = affine_scale(s_raw, gain);
+NM_HD AffineGradients<V> affine_backward(V grad_y, V grad_logdet, V y, AffineScale<V> scale, V gain) {
   return affine_gradients(grad_y * Math<V>::exp(scale.s), grad_y * y + grad_logdet, scale.tanh_s, gain);
 }
 
 // dy = dx exp(-s) (and dt = -dx); ds = -dx y exp(-s).
 template <typename V>
-NM_HD AffineGradients<V> affine_inverse_backward(V grad_x, V y, V s_raw, V gain) {
-  const AffineScale<V> scale = affine_scale(s_raw, gain);
+NM_HD AffineGradients<V> affine_inverse_backward(V grad_x, V y, AffineScale<V> scale, V gain) {
   const V grad_y = grad_x * Math<V>::exp(-scale.s);
   return affine_gradients(grad_y, -(grad_y * y), scale.tanh_s, gain);
 }

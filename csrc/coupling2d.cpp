@@ -159,56 +159,85 @@ template <typename Acc>
 struct Block {
   int64_t count;
   const Acc *gain, *mask;
+  bool streaming = false;
 
-  Block(const Tables<Acc>& tables, int64_t place, int64_t count)
+  template <typename T, int kOut>
+  Block(const Cut& cut, const Tables<Acc>& tables, int64_t place, int64_t count, T* const (&to)[kOut])
       : count(count),
         gain(tables.gain.empty() ? nullptr : &tables.gain[place]),
-        mask(tables.mask.empty() ? nullptr : &tables.mask[place]) {}
+        mask(tables.mask.empty() ? nullptr : &tables.mask[place]) {
+    if (cut.shape.channels_last) return;  // `to` is scratch
+    streaming = true;
+    for (T* const row : to) streaming &= should_stream(cut.shape.samples, cut.size, Rows<T>{row, 0});
+  }
 };
+
+// The sum over a block of element(column, scale, load, store), stretch by stretch, as in affine_coupling.cpp: what is
+// dear of the scale first, then the rest.
+template <typename V, bool kInverse, bool kGain, typename T, typename Acc, typename F>
+NM_HD double for_scales(const Block<Acc>& block, const T* s_raw, Acc eps, const F& element) {
+  constexpr int64_t kStretch = 16 * kLanes<V>;
+  alignas(64) Acc ahead[kStretch];
+  double total = 0;
+  for (int64_t begin = 0; begin < block.count; begin += kStretch) {
+    const int64_t end = std::min(begin + kStretch, block.count);
+    for_columns<V>(begin, end, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+      store(ahead + (j - begin), coupling_scale_ahead<kGain>(load(s_raw + j)));
+    });
+    V sum{};
+    for_columns<V>(begin, end, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+      V gain{};
+      if constexpr (kGain) gain = load(block.gain + j);
+      const V first = load(ahead + (j - begin));
+      sum += element(j, coupling_scale<kInverse, kGain>(load(s_raw + j), first, gain, eps), load, store);
+    });
+    total += exact_sum(sum);
+  }
+  return total;
+}
 
 template <typename Acc>
 constexpr Acc kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Maps from[0] to to[0]; the sum of the log-scales.
+// Maps from = {x, s_raw, t} to y, or the other way round; the sum of the log-scales.
 template <typename V, bool kInverse, bool kGain, typename T, typename Acc>
 NM_HD double map_block(const Block<Acc>& block, const T* const (&from)[3], T* const (&to)[1], bool shift_first,
                        Acc eps) {
-  return blocked_sum<V>(block.count, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
-    V gain{};
-    if constexpr (kGain) gain = load(block.gain + j);
-    const V value = load(from[0] + j);
-    const CouplingScale<V> scale = coupling_scale<kInverse, kGain>(load(from[1] + j), gain, eps);
-    const V mapped = couple<kInverse>(value, load(from[2] + j), scale.factor, shift_first);
-    if (kGain && !block.mask) {
-      store(to[0] + j, mapped);
-      return scale.log_scale;
-    }
-    const auto changed = load(block.mask ? block.mask + j : kOnes<Acc>) != V{};  // false past the end, too
-    store(to[0] + j, changed ? mapped : value);
-    return changed ? scale.log_scale : V{};
-  });
+  return for_scales<V, kInverse, kGain>(
+      block, from[1], eps,
+      [&](int64_t j, const CouplingScale<V>& scale, const auto& load, const auto& store) NM_INLINE {
+        const V value = load(from[0] + j);
+        const V mapped = couple<kInverse>(value, load(from[2] + j), scale.factor, shift_first);
+        if (kGain && !block.mask) {
+          store(to[0] + j, mapped, block.streaming);
+          return scale.log_scale;
+        }
+        const auto changed = load(block.mask ? block.mask + j : kOnes<Acc>) != V{};  // false past the end, too
+        store(to[0] + j, changed ? mapped : value, block.streaming);
+        return changed ? scale.log_scale : V{};
+      });
 }
 
 // Gradients of from = {upstream, saved, s_raw} into to = {input, s_raw, t}, and their terms of the gain's.
 template <typename V, bool kInverse, bool kGain, typename T, typename Acc>
 NM_HD void gradient_block(const Block<Acc>& block, Acc grad_logdet, const T* const (&from)[3], T* const (&to)[3],
                           Acc* terms, bool shift_first, Acc eps) {
-  for_columns<V>(0, block.count, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
-    V gain{};
-    if constexpr (kGain) gain = load(block.gain + j);
-    const V upstream = load(from[0] + j);
-    auto grad = coupling_gradients<kInverse, kGain>(upstream, V{} + grad_logdet, load(from[1] + j), load(from[2] + j),
-                                                    gain, shift_first, eps);
-    if (block.mask) {
-      const auto changed = load(block.mask + j) != V{};
-      grad = {changed ? grad.input : upstream, changed ? grad.s_raw : V{}, changed ? grad.t : V{},
-              changed ? grad.gain : V{}};
-    }
-    store(to[0] + j, grad.input);
-    store(to[1] + j, grad.s_raw);
-    store(to[2] + j, grad.t);
-    if constexpr (kGain) store(terms + j, grad.gain);
-  });
+  for_scales<V, kInverse, kGain>(
+      block, from[2], eps,
+      [&](int64_t j, const CouplingScale<V>& scale, const auto& load, const auto& store) NM_INLINE {
+        const V upstream = load(from[0] + j);
+        auto grad = coupling_gradients<kInverse>(upstream, V{} + grad_logdet, load(from[1] + j), scale, shift_first);
+        if (block.mask) {
+          const auto changed = load(block.mask + j) != V{};
+          grad = {changed ? grad.input : upstream, changed ? grad.s_raw : V{}, changed ? grad.t : V{},
+                  changed ? grad.gain : V{}};
+        }
+        store(to[0] + j, grad.input, block.streaming);
+        store(to[1] + j, grad.s_raw, block.streaming);
+        store(to[2] + j, grad.t, block.streaming);
+        if constexpr (kGain) store(terms + j, grad.gain);
+        return V{};
+      });
 }
 
 // Adds a block's terms to the sums of their channels.
@@ -249,13 +278,14 @@ std::tuple<Tensor, Tensor> map_images(const Tensor& given, const Tensor& given_p
         Scratch<T> scratch;
         for (int64_t unit = begin; unit < end; ++unit)
           for_blocks(cut, unit, in, out, scratch, [&](int64_t place, int64_t count, const auto& from, const auto& to) {
-            const Block<Acc> block(tables, place, count);
+            const Block<Acc> block(cut, tables, place, count, to);
             vectorised<T>([&](auto lanes) NM_INLINE {
               using V = typename decltype(lanes)::type;
               sums[unit] +=
                   map_block<V, kInverse, decltype(has_gain)::value>(block, from, to, shape.shift_first, Acc(shape.eps));
             });
           });
+        stream_fence();
       });
     });
     Acc* const total = logdet.mutable_data_ptr<Acc>();
@@ -304,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
             if (grad_logdet) above = grad_logdet->const_data_ptr<Acc>()[unit / cut.pieces * grad_logdet->stride(0)];
             for_blocks(cut, unit, in, out, scratch,
                        [&](int64_t place, int64_t count, const auto& from, const auto& to) {
-                         const Block<Acc> block(tables, place, count);
+                         const Block<Acc> block(cut, tables, place, count, to);
                          vectorised<T>([&](auto lanes) NM_INLINE {
                            using V = typename decltype(lanes)::type;
                            gradient_block<V, kInverse, kGain>(block, above, from, to, terms.data(), shape.shift_first,
@@ -314,6 +344,7 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
                          });
                        });
           }
+        stream_fence();
       });
     });
     Acc* const total = grad_gain.mutable_data_ptr<Acc>();

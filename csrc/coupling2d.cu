@@ -104,7 +104,8 @@ __global__ void coupling2d_kernel(Geometry shape, Images<const T> in, Images<con
         for (int j = 0; j < kCount; ++j) {
           if (!shape.channels_last && !shape.changes_pixel(pixel + j)) continue;
           const Acc g = kGain ? gain[shape.channels_last ? part + j : part] : Acc(0);
-          const CouplingScale<Acc> scale = coupling_scale<kInverse, kGain>(s_raw[j], g, eps);
+          const CouplingScale<Acc> scale =
+              coupling_scale<kInverse, kGain>(s_raw[j], coupling_scale_ahead<kGain>(s_raw[j]), g, eps);
           value[j] = couple<kInverse>(value[j], t[j], scale.factor, shape.shift_first);
           sum += scale.log_scale;
         }
@@ -209,8 +210,10 @@ __global__ void coupling2d_backward_kernel(Geometry shape, Images<const T> upstr
         const Acc above = kInverse ? Acc(0) : grad_logdet[sample * grad_logdet_stride];
         for (int j = 0; j < kCount; ++j) {
           if (shape.changes_pixel(shape.channels_last ? pixel : pixel + j)) {
+            const CouplingScale<Acc> scale =
+                coupling_scale<kInverse, kGain>(s_raw[j], coupling_scale_ahead<kGain>(s_raw[j]), g[j], eps);
             const CouplingGradients<Acc> found =
-                coupling_gradients<kInverse, kGain>(grad[j], above, beside[j], s_raw[j], g[j], shape.shift_first, eps);
+                coupling_gradients<kInverse>(grad[j], above, beside[j], scale, shape.shift_first);
             grad[j] = found.input;
             s_raw[j] = found.s_raw;
             t[j] = found.t;

@@ -2,7 +2,7 @@
 //   y = (x + t) scale   or, with the scale first,   y = x scale + t;   log-det = sum of log(scale).
 #pragma once
 
-#include "affine_coupling.h"
+#include "portable.h"
 #include "tensors.h"
 
 namespace normatch {
@@ -22,15 +22,21 @@ struct CouplingScale {
   V tanh_s;     // d log_scale / d gain; without a gain unused
 };
 
+// The part of the scale that can be made ahead of the rest: tanh(s_raw), or exp(-|s_raw + 2|).
+template <bool kGain, typename V>
+NM_HD V coupling_scale_ahead(V s_raw) {
+  if constexpr (kGain) return Math<V>::tanh(s_raw);
+  const V u = s_raw + 2.0f;
+  return Math<V>::exp(u < 0.0f ? u : -u);
+}
+
 template <bool kInverse, bool kGain, typename V, typename Acc>
-NM_HD CouplingScale<V> coupling_scale(V s_raw, V gain, Acc eps) {
+NM_HD CouplingScale<V> coupling_scale(V s_raw, V ahead, V gain, Acc eps) {
   if constexpr (kGain) {
-    const AffineScale<V> found = affine_scale(s_raw, gain);
-    return {Math<V>::exp(kInverse ? -found.s : found.s), found.s, gain * (1.0f - found.tanh_s * found.tanh_s),
-            found.tanh_s};
+    const V log_scale = gain * ahead;
+    return {Math<V>::exp(kInverse ? -log_scale : log_scale), log_scale, gain * (1.0f - ahead * ahead), ahead};
   } else {
-    const V u = s_raw + 2.0f;
-    const V e = Math<V>::exp(u < 0.0f ? u : -u);  // in [0, 1]
+    const V u = s_raw + 2.0f, e = ahead;
     const V w = 1.0f + e, r = 1.0f / w;
     const V sigmoid = u < 0.0f ? e * r : r, rest = u < 0.0f ? r : e * r;
     const V scale = sigmoid + eps;
@@ -56,10 +62,9 @@ struct CouplingGradients {
 // `saved` is the side of the layer that the scale is next to: y where the shift comes first, else x; and with gx and gy
 // the gradients of either side, d log_scale = gy y + dlogdet or gx x + dlogdet. The inverse has the same with a minus,
 // and no dlogdet.
-template <bool kInverse, bool kGain, typename V, typename Acc>
-NM_HD CouplingGradients<V> coupling_gradients(V upstream, V grad_logdet, V saved, V s_raw, V gain, bool shift_first,
-                                              Acc eps) {
-  const CouplingScale<V> scale = coupling_scale<kInverse, kGain>(s_raw, gain, eps);
+template <bool kInverse, typename V>
+NM_HD CouplingGradients<V> coupling_gradients(V upstream, V grad_logdet, V saved, CouplingScale<V> scale,
+                                              bool shift_first) {
   const V input = upstream * scale.factor;
   const V beside = shift_first == kInverse ? input : upstream;  // the gradient on the side of `saved`
   const V across = shift_first == kInverse ? upstream : input;

@@ -1,5 +1,7 @@
 #include "cpu.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 
 namespace normatch {
@@ -18,6 +20,17 @@ Capability cpu_capability() {
     return Capability::kBaseline;
   }();
   return capability;
+}
+
+int64_t last_level_cache() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t(32) << 20;
+  }();
+  return bytes;
 }
 
 const char* cpu_capability_name() {

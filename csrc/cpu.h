@@ -36,9 +36,8 @@ constexpr int kLanes = sizeof(V) / sizeof(float);
 template <>
 inline constexpr int kLanes<double> = 1;
 
-// exp, tanh and log to about 1 ulp. The polynomials are minimax fits (Remez exchange in 40 digits, then rounded):
+// exp, tanh and log to 1 or 2 ulp. The polynomials are minimax fits (Remez exchange in 40 digits, then rounded):
 //   exp(r) = 1 + r + r^2 P(r) on |r| <= ln(2)/2, relative error 2^-28
-//   tanh(x) = x + x^3 Q(x^2) on |x| <= 0.625, relative error 2^-28; above it 1 - 2 / (exp(2x) + 1)
 //   log(1 + f) = f - f^2/2 + f^3 R(f) on sqrt(1/2) <= 1 + f <= sqrt(2), relative error 2^-27
 template <int L>
 struct VectorMath {
@@ -51,23 +50,20 @@ struct VectorMath {
     I n;
     const F p = reduced(x, n);
     const I half = n >> 1;  // two factors, because 2^n alone leaves the range before p * 2^n does
-    return p * power_of_two(half) * power_of_two(n - half);
+    return (1.0f + p) * power_of_two(half) * power_of_two(n - half);
   }
 
+  // With e = exp(2|x|) - 1, which near 0 is known as exactly as x is: tanh|x| = e / (e + 2) = 1 - 2 / (e + 2), of which
+  // the first is the more exact below 1/2, the second above.
   static NM_HD F tanh(F x) {
-    const F magnitude = (F)((I)x & 0x7fffffff);
-    const F u = x * x;
-    F q = u * -0.00571704549346f + 0.0206505877118f;
-    q = q * u - 0.0537434982166f;
-    q = q * u + 0.133314912887f;
-    q = q * u - 0.333332839254f;
-    const F small = x + x * u * q;
+    F magnitude = (F)((I)x & 0x7fffffff);
+    magnitude = magnitude > 10.0f ? F{} + 10.0f : magnitude;  // tanh(10) rounds to 1
     I n;
-    const F bounded = magnitude > 10.0f ? F{} + 10.0f : magnitude;  // tanh(10) rounds to 1
-    const F p = reduced(bounded + bounded, n);
-    const F large = 1.0f - 2.0f / (p * power_of_two(n) + 1.0f);
-    const F signed_large = (F)((I)large | ((I)x & int32_t(0x80000000)));
-    return magnitude < 0.625f ? small : signed_large;
+    const F p = reduced(magnitude + magnitude, n), scale = power_of_two(n);
+    const F e = p * scale + (scale - 1.0f);
+    const auto low = e < 2.0f;
+    const F value = (low ? F{} : F{} + 1.0f) + (low ? e : F{} - 2.0f) / (e + 2.0f);
+    return (F)((I)value | ((I)x & int32_t(0x80000000)));
   }
 
   // Of normal positive numbers; infinity and NaN pass.
@@ -88,18 +84,17 @@ struct VectorMath {
   }
 
  private:
-  // exp(x) = result * 2^n
+  // exp(x) = (1 + result) * 2^n. The polynomial by squares, a shorter chain of operations than Horner's.
   static NM_HD F reduced(F x, I& n) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     const F shifted = x * 1.44269504089f + kRound;
     n = (I)shifted - 0x4b400000;
     const F k = shifted - kRound;
     const F r = (x - k * 0.693359375f) - k * -2.12194440055e-4f;  // ln 2 in two parts, the first exact in products
-    F p = r * 0.00138144670593f + 0.00836878041118f;
-    p = p * r + 0.0416683942109f;
-    p = p * r + 0.166665201078f;
-    p = p * r + 0.499999934125f;
-    return 1.0f + (r + r * r * p);
+    const F square = r * r;
+    const F low = r * 0.166665201078f + 0.499999934125f;
+    const F high = square * 0.00138144670593f + (r * 0.00836878041118f + 0.0416683942109f);
+    return r + square * (square * high + low);
   }
 
   static NM_HD F power_of_two(I n) { return (F)((n + 127) << 23); }
@@ -138,12 +133,11 @@ NM_HD V load(const T* p) {
   }
 }
 
-template <typename V, typename T>
-NM_HD void store(T* p, V v) {
-  if constexpr (std::is_same_v<V, double>) {
-    *p = v;
-  } else if constexpr (std::is_same_v<T, float>) {
-    memcpy(p, &v, sizeof(V));
+// What store() writes for v: values of T, side by side.
+template <typename T, typename V>
+NM_HD auto as_stored(V v) {
+  if constexpr (std::is_same_v<V, double> || std::is_same_v<T, float>) {
+    return v;
   } else {
     using Types = VectorTypes<kLanes<V>>;
     using Bits = typename Types::Bits;
@@ -160,10 +154,42 @@ NM_HD void store(T* p, V v) {
       out = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : out;
       out |= (bits >> 16) & 0x8000u;
     }
-    const auto narrow = __builtin_convertvector(out, typename Types::Narrow);
-    memcpy(p, &narrow, sizeof(narrow));
+    return __builtin_convertvector(out, typename Types::Narrow);
   }
 }
+
+template <typename V, typename T>
+NM_HD void store(T* p, V v) {
+  const auto stored = as_stored<T>(v);
+  memcpy(static_cast<void*>(p), &stored, sizeof(stored));
+}
+
+// store() past the caches, for results that no cache would hold until they are read: the line written to is not read
+// first, which is a quarter of a coupling's traffic. p must be aligned to what is stored. Whoever has streamed ends
+// with stream_fence(). (In assembly, because the compiler's builtins are those of one instruction set.)
+template <typename V, typename T>
+NM_HD void stream(T* p, V v) {
+  const auto stored = as_stored<T>(v);
+#if defined(__x86_64__)
+  using Stored = decltype(as_stored<T>(v));
+  if constexpr (sizeof(Stored) == 64 || sizeof(Stored) == 32) {
+    asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Stored*>(p)) : "v"(stored));
+    return;
+  } else if constexpr (sizeof(Stored) == 16) {
+    asm("movntps %1, %0" : "=m"(*reinterpret_cast<Stored*>(p)) : "x"(stored));
+    return;
+  }
+#endif
+  memcpy(static_cast<void*>(p), &stored, sizeof(stored));
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
+int64_t last_level_cache();  // bytes
 
 // The first n < kLanes<V> values; the other lanes are zero.
 template <typename V, typename T>
@@ -180,18 +206,20 @@ NM_HD void store_first(T* p, V v, int64_t n) {
   memcpy(p, buffer, n * sizeof(T));
 }
 
-// Calls f(column, load, store) over [0, width) in whole vectors and one partial vector at the end; both
-// arguments are called as load(pointer) and store(pointer, value).
+// Calls f(column, load, store) over [begin, end) in whole vectors and one partial vector at the end; they are called as
+// load(pointer) and store(pointer, value), or store(pointer, value, true) to stream.
 template <typename V, typename F>
 NM_HD void for_columns(int64_t begin, int64_t end, const F& f) {
   int64_t j = begin;
   for (; j + kLanes<V> <= end; j += kLanes<V>)
-    f(j, [](const auto* p) NM_INLINE { return load<V>(p); }, [](auto* p, V v) NM_INLINE { store<V>(p, v); });
+    f(
+        j, [](const auto* p) NM_INLINE { return load<V>(p); },
+        [](auto* p, V v, bool streaming = false) NM_INLINE { streaming ? stream<V>(p, v) : store<V>(p, v); });
   if (j < end) {
     const int64_t n = end - j;
     f(
         j, [n](const auto* p) NM_INLINE { return load_first<V>(p, n); },
-        [n](auto* p, V v) NM_INLINE { store_first<V>(p, v, n); });
+        [n](auto* p, V v, bool = false) NM_INLINE { store_first<V>(p, v, n); });
   }
 }
 
@@ -290,6 +318,13 @@ void vectorised(const F& f) {
 
 // ---- tensors and threads
 // -----------------------------------------------------------------------------------------
+
+// Whether rows that a kernel writes should be streamed: too many for any cache, and aligned for every vector.
+template <typename T>
+bool should_stream(int64_t rows, int64_t width, Rows<T> out) {
+  return rows * width * int64_t(sizeof(T)) > last_level_cache() / 2 &&
+         reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && out.stride * sizeof(T) % 64 == 0;
+}
 
 // f(begin, end) over [0, rows) on all threads, each with enough work to pay for waking it.
 template <typename F>

@@ -4,6 +4,7 @@ Machines are shared and clocks wander, so a figure means something next to the o
 each provider once for about `SLICE` seconds, so that what disturbs one disturbs all.
 """
 
+import ctypes
 import platform
 import statistics
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SLICE = 0.02
+LONG = 0.5  # seconds
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -69,7 +71,8 @@ def rate(value: Tensor, exact: Tensor) -> float:
 
 def check_agreement(case: Case, provider: str, inputs: list[Tensor]) -> None:
     """Raises RuntimeError where a provider is further from the closed form in float64 than its dtype explains."""
-    few = [value[:256] if case.few_rows and value.dim() == 2 and len(value) > 4096 else value for value in inputs]
+    rows = max(len(value) for value in inputs)
+    few = [value[:16] if case.few_rows and value.dim() > 1 and len(value) == rows > 256 else value for value in inputs]
     exact = make_call(case.providers["closed"], [value.double() for value in few], case.direction)()
     found = make_call(case.providers[provider], few, case.direction)()
     worst = max(rate(got, want) for got, want in zip(found, exact, strict=True))
@@ -118,12 +121,47 @@ def seconds(call: Callable, device: str, repeat: int = 1) -> float:
     return (time.perf_counter() - start) / repeat
 
 
-def copy_roof(device: str) -> float:
-    """Bytes per second, read and written, of the fastest of many large copies into memory that is there already."""
+def keep_memory() -> None:
+    """Has the C library keep what is freed, so that large results lie in memory that the process has already.
+
+    By default memory beyond some 32 MB goes back to the system each time and comes anew, page by page, each cleared
+    first: for results of that size this takes far longer than computing them, whoever computes them.
+    """
+    trim_threshold, mmap_max = -1, -4  # of mallopt(3)
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
+    except (OSError, AttributeError):  # another C library, with other habits
+        pass
+
+
+def copy_roof(device: str, fresh: bool = False) -> float:
+    """Bytes per second, read and written, of the fastest of many large copies into memory that is there already.
+
+    With `fresh`, into memory allocated for each of them, and their median.
+    """
     source = torch.ones(1 << 25, device=device)
+    if fresh:
+        return 2 * source.nbytes / statistics.median(seconds(source.clone, device) for _ in range(5))
     target = torch.empty_like(source)
-    best = min(seconds(lambda: target.copy_(source), device) for _ in range(30))
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(30))
+
+
+def side_by_side(calls: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
+    """name -> seconds a call in each round; what takes longer than `LONG` has three rounds at most."""
+    repeat, limit = {}, {}
+    for name, call in calls.items():
+        call()
+        once = seconds(call, device)
+        repeat[name] = max(1, min(1000, int(SLICE / once)))
+        limit[name] = rounds if once < LONG else min(rounds, 3)
+    times = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, call in calls.items():
+            if turn < limit[name]:
+                times[name].append(seconds(call, device, repeat[name]))
+    return times
 
 
 def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
@@ -136,23 +174,16 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
     for name in names:
         check_agreement(case, name, inputs)
     calls = {name: make_call(case.providers[name], inputs, case.direction) for name in names}
-    repeat = {}
-    for name, call in calls.items():
-        call()
-        repeat[name] = max(1, min(1000, int(SLICE / seconds(call, device))))
-    times = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, device, repeat[name]))
+    times = side_by_side(calls, device, rounds)
     records = []
     for name, call in calls.items():
         median = statistics.median(times[name])
-        low, _, high = statistics.quantiles(times[name], n=4) if rounds > 1 else (median,) * 3
+        low, _, high = statistics.quantiles(times[name], n=4) if len(times[name]) > 1 else (median,) * 3
         records.append(
             {
                 "case": case.name, "op": case.op, "direction": case.direction, "size": case.size,
                 "elements": case.elements, "dtype": str(case.dtype).removeprefix("torch."), "provider": name,
-                "seconds": median, "quartiles": [low, high], "rounds": rounds,
+                "seconds": median, "quartiles": [low, high], "rounds": len(times[name]),
                 "bytes": case.bytes, "flop": case.flop,
                 "gb_per_s": case.bytes / median / 1e9, "gflop_per_s": case.flop / median / 1e9,
                 "operations": None if "compiled" in name else operations(call),
