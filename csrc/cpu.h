@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "portable.h"
@@ -244,6 +245,27 @@ NM_HD auto horizontal_sum(V v) {
     return v;
   else
     return halves_sum<sizeof(V)>(v);
+}
+
+// Of every block of B lanes, the halves' sum: a's in the lower half of the block, b's in the upper.
+template <int B, typename V, int... Lane>
+NM_HD V fold_blocks(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int L = sizeof...(Lane);
+  return __builtin_shufflevector(a, b, (Lane % B < B / 2 ? Lane : L + Lane - B / 2)...) +
+         __builtin_shufflevector(a, b, (Lane % B < B / 2 ? Lane + B / 2 : L + Lane)...);
+}
+
+// The sums of the lanes of as many vectors as there are lanes: lane i is that of v[i]. With fewer operations than one
+// horizontal_sum after the other.
+template <typename V, int B = kLanes<V>>
+NM_HD V lanes_sums(V* v) {
+  if constexpr (B == 1) {
+    return v[0];
+  } else {
+    for (int i = 0; i < B / 2; ++i)
+      v[i] = fold_blocks<B>(v[i], v[i + B / 2], std::make_integer_sequence<int, kLanes<V>>{});
+    return lanes_sums<V, B / 2>(v);
+  }
 }
 
 // The same in double: what the lanes' sums lose by cancelling is not lost twice.

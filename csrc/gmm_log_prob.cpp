@@ -13,6 +13,7 @@ namespace normatch {
 namespace {
 
 constexpr int kTileRows = 8, kTileClasses = 2;
+constexpr int64_t kCacheLine = 64;
 constexpr int64_t kBlockRows = 256;  // rows whose terms are added up in one go in the gradient of the means
 constexpr int64_t kStretch = 16;     // vectors added up in one go in a distance
 
@@ -52,9 +53,9 @@ NM_HD void convert_rows(const Rows<const T>& z, int64_t first, int64_t rows, int
   }
 }
 
-// |z_r - mu_c|^2 of R rows and C classes; `padded` is the distance between rows of either.
+// |z_r - mu_c|^2 of R rows and C classes; the means' rows are `padded` values apart.
 template <typename V, int R, int C, typename Acc>
-NM_HD void distances(const Acc* z, const Acc* means, int64_t padded, Acc (&out)[R][C]) {
+NM_HD void distances(Rows<const Acc> z, const Acc* means, int64_t padded, Acc (&out)[R][C]) {
   for (auto& row : out)
     for (auto& value : row) value = 0;
   for (int64_t begin = 0; begin < padded; begin += kStretch * kLanes<V>) {
@@ -64,34 +65,41 @@ NM_HD void distances(const Acc* z, const Acc* means, int64_t padded, Acc (&out)[
       V mu[C];
       for (int c = 0; c < C; ++c) mu[c] = load<V>(means + c * padded + d);
       for (int r = 0; r < R; ++r) {
-        const V point = load<V>(z + r * padded + d);
+        const V point = load<V>(z[r] + d);
         for (int c = 0; c < C; ++c) {
           const V difference = point - mu[c];
           sums[r][c] += difference * difference;
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] += horizontal_sum(sums[r][c]);
+    if constexpr (R * C % kLanes<V> == 0) {
+      for (int i = 0; i < R * C; i += kLanes<V>)
+        store<V>(&out[0][0] + i, load<V>(&out[0][0] + i) + lanes_sums(&sums[0][0] + i));
+    } else {
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) out[r][c] += horizontal_sum(sums[r][c]);
+    }
   }
 }
 
+// `offset` and `half_precision` hold what belongs to the classes R times over: the results of R rows lie in a row.
 template <typename V, int R, typename Acc>
-NM_HD void log_prob_rows(const Acc* z, const Acc* means, int64_t classes, int64_t padded, const Acc* offset,
-                         const Acc* precision, Acc* out) {
+NM_HD void log_prob_rows(Rows<const Acc> z, const Acc* means, int64_t classes, int64_t padded, const Acc* offset,
+                         const Acc* half_precision, Acc* out) {
   int64_t k = 0;
   for (; k + kTileClasses <= classes; k += kTileClasses) {
     Acc distance[R][kTileClasses];
     distances<V>(z, means + k * padded, padded, distance);
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < kTileClasses; ++c)
-        out[r * classes + k + c] = offset[k + c] - Acc(0.5) * precision[k + c] * distance[r][c];
+    for (int r = 0; r < R; ++r) memcpy(out + r * classes + k, distance[r], sizeof(distance[r]));
   }
   for (; k < classes; ++k) {
     Acc distance[R][1];
     distances<V>(z, means + k * padded, padded, distance);
-    for (int r = 0; r < R; ++r) out[r * classes + k] = offset[k] - Acc(0.5) * precision[k] * distance[r][0];
+    for (int r = 0; r < R; ++r) out[r * classes + k] = distance[r][0];
   }
+  for_columns<V>(0, R * classes, [&](int64_t j, const auto& load, const auto& store) NM_INLINE {
+    store(out + j, load(offset + j) - load(half_precision + j) * load(out + j));
+  });
 }
 
 // Where the posterior goes; log_prob is null where it is not wanted.
@@ -131,9 +139,12 @@ void log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Ten
   const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
   const Tensor dense_z = dense_rows(z), dense_means = dense_rows(means);
   const Classes<Acc> mixture(rho, logits);
-  std::vector<Acc> offset(classes);
-  for (int64_t k = 0; k < classes; ++k)
-    offset[k] = Acc(gmm_offset(mixture.log_pi[k], mixture.log_sigma[k], eps, double(width)));
+  std::vector<Acc> offset(kTileRows * classes), half_precision(kTileRows * classes);
+  for (int64_t j = 0; j < kTileRows * classes; ++j) {
+    const int64_t k = j % classes;
+    offset[j] = Acc(gmm_offset(mixture.log_pi[k], mixture.log_sigma[k], eps, double(width)));
+    half_precision[j] = Acc(0.5) * mixture.precision[k];
+  }
   const auto points = read_rows<T>(dense_z);
   const auto mu = read_rows<Acc>(dense_means);
   const int64_t padded = whole_vectors(width, 16);
@@ -147,15 +158,22 @@ void log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Ten
       using V = typename decltype(lanes)::type;
       for (int64_t i = begin * kTileRows; i < std::min(end * kTileRows, rows); i += kTileRows) {
         const int64_t here = std::min<int64_t>(kTileRows, rows - i);
-        convert_rows<V>(points, i, here, width, padded, tile.data());
+        Rows<const Acc> z{tile.data(), padded};
+        if (padded != width || !std::is_same_v<T, Acc>)
+          convert_rows<V>(points, i, here, width, padded, tile.data());
+        else if constexpr (std::is_same_v<T, Acc>)
+          z = {points[i], points.stride};
+        for (int64_t r = i + kTileRows; r < std::min(i + 2 * kTileRows, rows);
+             ++r)  // comes in while this one is in work
+          for (int64_t d = 0; d < width; d += kCacheLine / sizeof(T)) __builtin_prefetch(points[r] + d);
         Acc* const values = out.class_log_prob + i * classes;
         if (here == kTileRows)
-          log_prob_rows<V, kTileRows>(tile.data(), padded_means.data(), classes, padded, offset.data(),
-                                      mixture.precision.data(), values);
+          log_prob_rows<V, kTileRows>(z, padded_means.data(), classes, padded, offset.data(), half_precision.data(),
+                                      values);
         else
           for (int64_t r = 0; r < here; ++r)
-            log_prob_rows<V, 1>(&tile[r * padded], padded_means.data(), classes, padded, offset.data(),
-                                mixture.precision.data(), values + r * classes);
+            log_prob_rows<V, 1>({z[r], 0}, padded_means.data(), classes, padded, offset.data(), half_precision.data(),
+                                values + r * classes);
         if (out.log_prob)
           for (int64_t r = 0; r < here; ++r) posterior_row<V>(values + r * classes, classes, out, i + r);
       }
