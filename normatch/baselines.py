@@ -37,6 +37,8 @@ def logistic_regression(x, y, unlabeled, test, angular, seed):
     """Multinomial, C = 1, on the labelled rows."""
     from sklearn.linear_model import LogisticRegression
 
+    if angular:
+        x, test = _unit(x), _unit(test)
     return LogisticRegression(max_iter=3000).fit(x, y).predict(test)
 
 
@@ -59,11 +61,15 @@ def _label_spreading(x, y, unlabeled, test, angular, seed, rows, **options):
     points = np.concatenate((x, unlabeled[chosen]))
     labels = np.concatenate((y, np.full(len(chosen), -1)))
     if angular:
-        points, test = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (points, test))
+        points, test = _unit(points), _unit(test)
     with warnings.catch_warnings():  # without a tolerance it never says that it has converged
         warnings.simplefilter("ignore", ConvergenceWarning)
         # What reaches a row over n edges is alpha^n: any tolerance would stop before rows far from a label get theirs.
         return LabelSpreading(max_iter=100, tol=0, **options).fit(points, labels).predict(test)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def network(x, y, unlabeled, test, angular, seed):

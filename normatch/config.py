@@ -7,11 +7,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError, nearest
+from .tables import TABLES
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+FLOWS = ("flowgmm", "scnf")  # the methods that train a flow end to end, on images or tables
 
 
 def key(default, text):
@@ -515,15 +518,12 @@ def canonical(name: str) -> str | tuple[str, str] | None:
 def make_config(preset: str | None = None, file: str | Path | None = None, **keys) -> Config:
     """The preset, under the file, under the keys: what comes later wins. Returns the checked configuration.
 
-    Without a preset, the first one of the data set that file or keys name; without that either, `digits`.
+    Without a preset, the first one of the data set and method that file or keys name; without these, `digits`.
     Raises `UserError` for unknown presets and keys (with the nearest known one) and for values of the wrong type.
     """
     given = {**({} if file is None else read_config(file)), **_canonical_keys(keys)}
     if preset is None:
-        dataset, method = given.get("dataset", "digits"), given.get("method")
-        of_dataset = [name for name, values in PRESETS.items() if values["dataset"] == dataset]
-        of_method = [name for name in of_dataset if PRESETS[name].get("method", "normatch") == method]
-        preset = next(iter([*of_method, *of_dataset, "digits"]))
+        preset = _preset_of(given.get("dataset", "digits"), given.get("method"))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     try:
@@ -533,6 +533,21 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **key
     if config.out == "" or config.resume == "":
         raise UserError("--out and --resume need a folder's name, not an empty one")
     return config
+
+
+def _preset_of(dataset: str, method: str | None) -> str:
+    """The preset that suits best: of the data set and method, of a method alike, or of the same kind of data."""
+    method = method or ("flowgmm" if dataset in TABLES else "normatch")
+    flows = method in FLOWS
+    alike = [
+        name
+        for name, values in PRESETS.items()
+        if values["dataset"] == dataset and (values.get("method", "normatch") in FLOWS) == flows
+    ]
+    of_method = [name for name in alike if PRESETS[name].get("method", "normatch") == method]
+    if of_method or alike:
+        return (of_method or alike)[0]
+    return ("flowgmm-wine" if dataset in TABLES else "flowgmm-mnist-100-small") if flows else "digits"
 
 
 def read_config(path: str | Path) -> dict:

@@ -129,3 +129,19 @@ def test_bad_files_are_explained(tmp_path, text):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml"):
         make_config(file=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("keys", "method", "optimizer_rate"),
+    [
+        ({"dataset": "mnist"}, "normatch", 0.03),  # images are classified, unless a flow is asked for
+        ({"dataset": "mnist", "method": "fixmatch"}, "fixmatch", 0.03),
+        ({"dataset": "mnist", "method": "flowgmm"}, "flowgmm", 1e-5),
+        ({"dataset": "moons"}, "flowgmm", 1e-3),
+        ({"dataset": "table"}, "flowgmm", 1e-3),
+        ({"dataset": "digits", "method": "flowgmm"}, "flowgmm", 1e-3),
+    ],
+)
+def test_without_a_preset_the_one_that_suits_data_and_method(keys, method, optimizer_rate):
+    config = make_config(**keys)
+    assert (config.method, config.lr) == (method, optimizer_rate)

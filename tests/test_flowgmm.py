@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from test_step import NoReadBack, step
 from torch.nn import functional as F
 
 import normatch
@@ -21,7 +22,6 @@ from normatch.optim import SCHEDULES, SWA
 from normatch.run import load_checkpoint
 from normatch.tables import Table, load_table
 from normatch.verify import same
-from test_step import NoReadBack, step
 
 CPU = torch.device("cpu")
 
@@ -202,8 +202,8 @@ def test_images_train_an_image_flow(tmp_path):
 def test_swa_is_the_mean_of_the_weights_it_saw():
     layer = torch.nn.Linear(1, 1)
     swa, seen = SWA(layer, start=2, every=2), []
-    for step in range(1, 7):
-        layer.weight.data.fill_(step)
+    for n in range(1, 7):
+        layer.weight.data.fill_(n)
         swa.update(layer)
         seen.append(swa.module.weight.item())
     assert seen == [1, 2, 2, 3, 3, 4]  # a copy; then the means of 2 | 2, 4 | 2, 4, 6
