@@ -127,18 +127,19 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     embed.add_argument("--model", required=True, help="folder of a sentence-transformers model")
     embed.set_defaults(run=_embed)
 
-    bench = commands.add_parser("bench", help="measure the ops, the augmentation backends or the loader side by side")
-    benches = bench.add_subparsers(required=True, metavar="{kernels,augment,loader}")
-    for name in ("kernels", "augment", "loader"):
+    bench = commands.add_parser("bench", help="measure the ops, the views, the loader or a step side by side")
+    benches = bench.add_subparsers(required=True, metavar="{kernels,augment,loader,step}")
+    for name in ("kernels", "augment", "loader", "step"):
         one = benches.add_parser(name)
         if list(words) != ["bench", name]:
             continue
-        from .bench import kernels, views
+        from .bench import kernels, step, views
 
         arguments, run = {
             "kernels": (kernels.add_arguments, kernels.run),
             "augment": (views.augment_arguments, views.augment),
             "loader": (views.loader_arguments, views.loader),
+            "step": (step.add_arguments, step.run),
         }[name]
         arguments(one)
         one.set_defaults(run=run)

@@ -142,7 +142,7 @@ class Config(BaseModel):
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key(
-        "auto", "auto: bf16 autocast on CUDA, fp32 on the CPU; fp64: to compare runs without rounding noise"
+        "auto", "auto: bf16 autocast on CUDA and on CPUs with bf16 instructions, else fp32; fp64: no rounding noise"
     )
     sync_bn: bool = key(False, "several processes: BatchNorm over the images of all of them")
     channels_last: bool = key(True, "memory format of images and weights")
@@ -291,6 +291,21 @@ PRESETS = {
     "cifar10-40": {**_CIFAR10, "num_labels": 40},
     "cifar10-250": {**_CIFAR10, "num_labels": 250},
     "cifar10-4000": {**_CIFAR10, "num_labels": 4000},
+    "cifar10-4000-small": {  # ours: an hour on one CPU core
+        **_CIFAR10,
+        "num_labels": 4000,
+        "backbone": "wrn-10-1",
+        "bn_momentum": 0.05,
+        "steps": 3000,
+        "batch_size": 32,
+        "uratio": 2,
+        "lr": 0.1,
+        "ema_decay": 0.99,
+        "p_cutoff": 0.8,
+        "warmup_flow": 400,
+        "eval_every": 500,
+        "log_every": 50,
+    },
     "cifar10-4000-two-flows": {**_CIFAR10, "num_labels": 4000, "third_voter": "flow", "hard_label": True},
     "cifar100-400": {**_CIFAR100, "num_labels": 400},
     "cifar100-2500": {**_CIFAR100, "num_labels": 2500},

@@ -60,16 +60,16 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
     return sum_(tensor.detach().clone()) / ranks() if dist.is_initialized() else tensor
 
 
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes, in one exchange."""
+def average_(gradients: list[torch.Tensor], parts: int = 1):
+    """Divide gradients, each the sum over `parts` batches, by them, and take the mean over the processes at once."""
     if not dist.is_initialized():
+        torch._foreach_div_(gradients, parts)
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    flat /= ranks()
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    flat /= ranks() * parts
+    pieces = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
 def gather(value) -> list:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from .config import Config
 from .data import Split
 from .flow_training import FlowState
+from .state import TrainStep
 from .tables import Table, check_features
 
 
@@ -97,12 +98,11 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
             torch.manual_seed(config.seed)
             state = FlowState(config, device, table, Split(labeled, np.arange(len(X)), np.empty(0, np.int64)))
             steps = tqdm(state.batches(0), total=config.steps, desc="FlowGMM", unit="step", disable=not self.verbose)
-            for step, batch in enumerate(steps):
+            step = TrainStep(state)
+            for batch in steps:
                 state.begin_step()
-                loss, _ = state.objective(batch, torch.tensor(step))
-                loss.backward()
-                state.update()
-        self.loss_ = loss.item()
+                metrics = step([batch])
+        self.loss_ = metrics[0, 0].item()
         if not (np.isfinite(self.loss_) and state.finite()):
             raise ValueError("the loss became NaN or infinite: take a smaller lr")
         self.model_ = state.ema.module.model.cpu()

@@ -120,7 +120,9 @@ class FlowState(TrainingState):
             group["lr"] = group["base_lr"] * factor
         return config.lr * factor
 
-    def update(self):
+    def update(self, gradients: list):
+        for parameter, gradient in zip(self.trained(), gradients, strict=True):
+            parameter.grad = gradient
         if self.config.clip:
             for group in self.groups:  # each by itself, as published
                 nn.utils.clip_grad_norm_(group["params"], self.config.clip)
@@ -128,7 +130,6 @@ class FlowState(TrainingState):
         optimizer.step()
         optimizer.zero_grad()
         self.ema.update(self.objective)
-        self.step += 1
 
     def evaluate(self, last: bool) -> dict:
         """Accuracy in percent, and the mean log p(x) in nats, of the averaged weights."""

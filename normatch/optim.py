@@ -1,4 +1,8 @@
-"""Optimisation as FixMatch and NorMatch publish it: decay groups, the 7/16 cosine, and the averaged model."""
+"""Optimisation as FixMatch and NorMatch publish it: decay groups, the 7/16 cosine, and the averaged model.
+
+The optimisers differ from those of torch.optim in form alone: a step is a function of tensors, the gradients among
+them, so that it can stand in the same compiled graph as the forward and backward pass.
+"""
 
 import copy
 import math
@@ -14,6 +18,87 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+class Optimizer(nn.Module):
+    """Groups of parameters, {"params", "weight_decay"}, and what a rule remembers of each, in buffers.
+
+    `lr` is a scalar on the parameters' device, to be set before a step. Gradients come in the order of the groups.
+    """
+
+    remembers = ()  # the names of what a rule keeps of each parameter, all zeros at first
+
+    def __init__(self, groups: list[dict], lr: float):
+        super().__init__()
+        self.param_groups = groups
+        self.trained = [p for group in groups for p in group["params"]]
+        self.decays = [group["weight_decay"] for group in groups for _ in group["params"]]
+        self.register_buffer("lr", self.trained[0].new_full((), lr, requires_grad=False), persistent=False)
+        for name in self.remembers:
+            for i, p in enumerate(self.trained):
+                self.register_buffer(f"{name}_{i}", torch.zeros_like(p, requires_grad=False))
+
+    @torch.no_grad()
+    def step(self, gradients: list[torch.Tensor | None]):
+        """Move the parameters, a gradient for each; one without a gradient stays as it is."""
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        for decay in dict.fromkeys(self.decays):
+            own = [i for i in used if self.decays[i] == decay]
+            if own:
+                memory = [[getattr(self, f"{name}_{i}") for i in own] for name in self.remembers]
+                self.rule([self.trained[i] for i in own], [gradients[i] for i in own], decay, *memory)
+
+
+class SGD(Optimizer):
+    """Nesterov momentum (Sutskever et al. 2013): v <- 0.9 v + g', p <- p - lr (g' + 0.9 v), g' = g + decay p."""
+
+    remembers = ("velocity",)
+    momentum = 0.9
+
+    def rule(self, parameters, gradients, decay, velocities):
+        if decay:
+            gradients = torch._foreach_add(gradients, parameters, alpha=decay)
+        torch._foreach_mul_(velocities, self.momentum)
+        torch._foreach_add_(velocities, gradients)
+        moves = torch._foreach_add(gradients, velocities, alpha=self.momentum)
+        torch._foreach_mul_(moves, self.lr)
+        torch._foreach_sub_(parameters, moves)
+
+
+class AdamW(Optimizer):
+    """Loshchilov & Hutter (2019), with beta = (0.9, 0.999) and eps = 1e-8; the decay multiplies lr."""
+
+    remembers = ("mean", "square")
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    def __init__(self, groups: list[dict], lr: float):
+        super().__init__(groups, lr)
+        self.register_buffer("steps", torch.zeros_like(self.lr))
+
+    def step(self, gradients):
+        self.steps.add_(1)
+        super().step(gradients)
+
+    def rule(self, parameters, gradients, decay, means, squares):
+        torch._foreach_mul_(parameters, 1 - self.lr * decay)
+        torch._foreach_lerp_(means, gradients, 1 - self.beta1)
+        torch._foreach_mul_(squares, self.beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - self.beta2)
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_div_(scales, (1 - self.beta2**self.steps).sqrt())
+        torch._foreach_add_(scales, self.eps)
+        moves = torch._foreach_div(means, scales)
+        torch._foreach_mul_(moves, self.lr / (1 - self.beta1**self.steps))
+        torch._foreach_sub_(parameters, moves)
+
+
+@torch.no_grad()
+def clip(gradients: list[torch.Tensor], limit: float) -> torch.Tensor:
+    """Scale the gradients in place where their common L2 norm exceeds `limit` (0: never) -> the norm before."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def cosine_7_16(step: int, total: int, warmup: float = 0) -> float:
@@ -82,6 +167,8 @@ class EMA:
         averaged, current = list(self.module.parameters()), list(module.parameters())
         torch._foreach_mul_(averaged, self.decay)
         torch._foreach_add_(averaged, current, alpha=1 - self.decay)
-        buffers = list(self.module.buffers())
-        if buffers:
-            torch._foreach_copy_(buffers, list(module.buffers()))
+        pairs = list(zip(self.module.buffers(), module.buffers(), strict=True))
+        for floating in (True, False):  # of one dtype each, which a GPU copies at once
+            own = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+            if own:
+                torch._foreach_copy_([copied for copied, _ in own], [source for _, source in own])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import __version__, distributed
 from .config import Config
@@ -15,17 +16,20 @@ class TrainingState:
 
         dataset, split   what is trained on: `dataset.name`, `dataset.classes`, `split.validation`, `split.sha256`
         objective        nn.Module: batch (a dict of tensors), step (a tensor) -> loss, metrics; all that is trained
-        optimizers       name in the checkpoint -> optimiser
+        optimizers       name in the checkpoint -> one of normatch.optim, or of torch.optim where `one_graph` is False
         ema              `EMA` of the objective, or what has its `module` and `update`: the weights that are evaluated
         images_per_step  how many images (rows, points) a step works on
 
     and all that the user can mend raises `UserError` there, before the run folder is touched.
     """
 
+    one_graph = False  # whether `update` is a function of tensors, which a compiled step takes in
+
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.meter = Meter()  # of the steps since the last log point
         self.step = 0  # optimiser steps done
+        self.clock = torch.zeros((), dtype=torch.int64, device=device)  # the same, for the device
         self.best = None  # {"accuracy", "step"} of the best evaluation
         self.seconds = 0.0  # of training so far, evaluations included
 
@@ -39,8 +43,8 @@ class TrainingState:
         """Put this step's learning rates into the optimisers; returns the one to report."""
         raise NotImplementedError
 
-    def update(self):
-        """One step of the optimisers and of the average, from the gradients that are there; counts the step."""
+    def update(self, gradients: list):
+        """One step of the optimisers and of the average, by a gradient or None for each of `trained()`."""
         raise NotImplementedError
 
     def evaluate(self, last: bool) -> dict:
@@ -54,6 +58,18 @@ class TrainingState:
         """Pictures of what was trained, into the run folder of a finished run; none where there are none to draw."""
 
     # ---- What they share.
+
+    def gradients(self, batch: dict) -> tuple[list, torch.Tensor]:
+        """A forward and a backward pass -> the gradients that `update` takes, and the metrics (M, 2) for the meter."""
+        loss, metrics = self.objective(batch, self.clock)
+        gradients = torch.autograd.grad(loss, self.trained(), allow_unused=True)
+        metrics = {"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics}
+        self.meter.names = list(metrics)
+        return list(gradients), torch.stack(list(metrics.values()))
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of the optimisers in turn."""
+        return [p for o in self.optimizers.values() for group in o.param_groups for p in group["params"]]
 
     def finite(self) -> bool:
         """Whether all weights are numbers. Waits for the device."""
@@ -114,13 +130,12 @@ class Meter:
     """Adds up the metrics of each step on the device, and reads them back at log points only."""
 
     def __init__(self):
+        self.names = []
         self.total = None
 
-    def add(self, metrics: dict[str, torch.Tensor]):
-        """metrics: name -> (2,), a sum and the number of its terms."""
-        self.names = list(metrics)
-        stacked = torch.stack(list(metrics.values()))
-        self.total = stacked if self.total is None else self.total + stacked
+    def add(self, metrics: torch.Tensor):
+        """metrics: (M, 2), of each of `names` a sum and the number of its terms."""
+        self.total = metrics.clone() if self.total is None else self.total.add_(metrics)
 
     def read(self) -> dict[str, float]:
         """The averages since the last call; a metric that nothing was counted for is left out."""
@@ -128,3 +143,45 @@ class Meter:
         values = {name: total / count for name, (total, count) in zip(self.names, totals, strict=True) if count}
         self.total = None
         return values
+
+
+class TrainStep:
+    """batches -> metrics (M, 2): one step of a state by the mean gradient of its batches: one, or more to save memory.
+
+    mode: None runs it as it is. "default", "reduce-overhead", ... compile it as `torch.compile` knows them:
+
+        whole        forward, backward, optimisers and average in one graph, for one batch in one process
+        gradients    forward and backward; several batches or processes add up or exchange the gradients after it
+        update       optimisers and average; torch.optim's own (flows trained end to end) are left as they are
+    """
+
+    def __init__(self, state: TrainingState, mode: str | None = None):
+        self.state = state
+        self.gradients, self.update, self.whole = state.gradients, state.update, self._whole
+        if mode:
+            torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad ends the graph
+            alone = distributed.ranks() == 1  # an exchange inside (alignment, BatchNorm) ends a graph
+            self.gradients = torch.compile(self.gradients, mode=mode, fullgraph=alone)
+            if state.one_graph:
+                self.update = torch.compile(self.update, mode=mode, fullgraph=True)
+                self.whole = torch.compile(self.whole, mode=mode, fullgraph=True)
+
+    def _whole(self, batch):
+        gradients, metrics = self.state.gradients(batch)
+        self.state.update(gradients)
+        return metrics
+
+    def __call__(self, batches: list[dict]) -> torch.Tensor:
+        self.state.clock.fill_(self.state.step)
+        if self.state.one_graph and len(batches) == 1 and distributed.ranks() == 1:
+            metrics = self.whole(batches[0])
+        else:
+            gradients, metrics = self.gradients(batches[0])
+            for batch in batches[1:]:
+                more, counted = self.gradients(batch)
+                torch._foreach_add_(*([g for g in part if g is not None] for part in (gradients, more)))
+                metrics = metrics + counted
+            distributed.average_([g for g in gradients if g is not None], len(batches))
+            self.update(gradients)
+        self.state.step += 1
+        return metrics

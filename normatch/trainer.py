@@ -21,7 +21,7 @@ from .errors import Interrupted, UserError
 from .flow_training import FLOW_METHODS, FlowState
 from .plot import leave_figure
 from .run import Run, device_name
-from .state import TrainingState
+from .state import TrainingState, TrainStep
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         print(yaml.safe_dump(config.model_dump(), sort_keys=False), file=sys.stderr)
 
     # ---- The loop.
-    forward = torch.compile(state.objective) if config.compile else state.objective
+    step = TrainStep(state, "default" if config.compile else None)
     batches = state.batches(start)
     if rank == 0:
         print(f"augmentation: {batches.backend} ({batches.reason})", file=sys.stderr)
@@ -85,15 +85,11 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     try:
         while state.step < config.steps:
             clock.start_step()
-            batch = next(batches)
+            parts = [next(batches)]
             clock.data_arrived()
 
             lr = state.begin_step()
-            loss, metrics = forward(batch, torch.tensor(state.step))
-            loss.backward()
-            distributed.average_gradients(state.objective.parameters())
-            state.update()
-            state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
+            state.meter.add(step(parts))
             clock.step_done()
 
             last = state.step == config.steps

@@ -13,7 +13,7 @@ from .config import Config
 from .errors import UserError
 from .run import load_checkpoint
 
-COMPARED = ("step", "best", "model", "ema", "optimizer", "flow_optimizer", "prior_gradients", "meter", "rng")
+COMPARED = ("step", "best", "model", "ema", "optimizer", "flow_optimizer", "meter", "rng")
 
 
 def verify_resume(config: Config, kills: int = 20) -> dict:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.classifier import update_flows
+from normatch.classifier import FlowOptimizer
 from normatch.flows import FlowHead
-from normatch.optim import EMA, cosine_7_16, decay_groups
+from normatch.optim import EMA, SGD, cosine_7_16, decay_groups
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-12), (torch.float32, 4 * 3e-7)])
@@ -65,19 +65,17 @@ def test_flow_optimiser(golden, variant):
     head = FlowHead.from_reference({k: v for k, v in initial.items() if k.startswith("net.")}, *prior).eval()
     cfg = {k.removeprefix("cfg/"): float(v) for k, v in data.items() if k.startswith("cfg/")}
     flows = nn.ModuleList([head])
-    optimizer = torch.optim.AdamW(flows.parameters(), lr=1e-3, weight_decay=cfg["wdecay"])
+    optimizer = FlowOptimizer(flows, 1e-3, cfg["wdecay"], cfg["clip_norm"], reference=variant == "flow_accumulate")
     norms = []
     for step in range(10):
         lr = 1e-3 * cosine_7_16(step, int(cfg["total_steps"]), cfg["warmup"])
         assert lr == pytest.approx(float(data[f"out64/{variant}/lr"][step]), rel=1e-9)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.lr.fill_(lr)
         x, u = (torch.tensor(data[f"in/step{step}/{k}"]).double() for k in "xu")
         loss_f = F.cross_entropy(head(x).class_log_prob, torch.tensor(data[f"in/step{step}/y"]))
         loss = cfg["lambda_flow"] * loss_f - cfg["lambda_num"] * head(u).log_prob.mean()
-        loss.backward()
         # Both recorded variants clip the networks' gradients alone; with a norm below 50 nothing is changed by it.
-        norms += update_flows(flows, optimizer, cfg["clip_norm"], reference=variant == "flow_accumulate")
+        norms += optimizer.step(torch.autograd.grad(loss, optimizer.trained))
     if variant == "flow_accumulate":
         assert torch.stack(norms).tolist() == pytest.approx(
             data[f"out64/{variant}/grad_norm_before_clip"].tolist(), rel=1e-9
@@ -94,19 +92,24 @@ def test_flow_optimiser(golden, variant):
 
 def test_clip_includes_the_prior_unless_published():
     head = FlowHead(4, 2, couplings=1)
-    for p in head.parameters():
-        p.grad = torch.ones_like(p)
-    flows, optimizer = nn.ModuleList([head]), torch.optim.SGD(head.parameters(), lr=0.0)
     everything = sum(p.numel() for p in head.parameters()) ** 0.5
     prior = sum(p.numel() for p in head.prior_parameters())
-    (norm,) = update_flows(flows, optimizer, 0.0, reference=True)
-    assert norm.item() == pytest.approx((everything**2 - prior) ** 0.5)
-    assert all(p.grad is not None for p in head.prior_parameters()), "the published gradients pile up"
-    for p in head.parameters():
-        p.grad = torch.ones_like(p)
-    (norm,) = update_flows(flows, optimizer, 0.0, reference=False)
-    assert norm.item() == pytest.approx(everything)
-    assert all(p.grad is None for p in head.parameters())
+    for reference, expected in ((True, (everything**2 - prior) ** 0.5), (False, everything)):
+        optimizer = FlowOptimizer(nn.ModuleList([head]), 0.0, 0.0, limit=1.0, reference=reference)
+        for _ in range(2):
+            (norm,) = optimizer.step([torch.ones_like(p) for p in optimizer.trained])
+            assert norm.item() == pytest.approx(expected)
+        sums = [value for name, value in optimizer.state_dict().items() if name.startswith("prior_sum")]
+        assert len(sums) == 3 * reference and all((value == 2).all() for value in sums), "as published they pile up"
+        scaled = optimizer.mean_0 / (1 - 0.9**2)
+        assert torch.allclose(scaled, torch.full_like(scaled, 1 / expected))
+
+
+def test_a_parameter_without_a_gradient_stays():
+    used, unused = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = SGD([{"params": [unused, used], "weight_decay": 0.1}], lr=1.0)
+    optimizer.step([None, torch.ones(2, 2)])
+    assert torch.equal(unused, torch.ones(2, 2)) and torch.allclose(used, torch.tensor(1 - 1.9 * 1.1))
 
 
 def test_sgd(golden):
@@ -126,15 +129,12 @@ def test_sgd(golden):
     initial = {k.removeprefix("in/init_net/"): torch.tensor(v) for k, v in data.items() if k.startswith("in/init_net/")}
     net.load_state_dict(initial)
     cfg = {k.removeprefix("cfg/"): float(v) for k, v in data.items() if k.startswith("cfg/")}
-    optimizer = torch.optim.SGD(decay_groups(net, cfg["wdecay"]), lr=cfg["lr"], momentum=0.9, nesterov=True)
+    optimizer = SGD(decay_groups(net, cfg["wdecay"]), cfg["lr"])
     for step in range(10):
-        for group in optimizer.param_groups:
-            group["lr"] = cfg["lr"] * cosine_7_16(step, int(cfg["total_steps"]), cfg["warmup"])
+        optimizer.lr.fill_(cfg["lr"] * cosine_7_16(step, int(cfg["total_steps"]), cfg["warmup"]))
         logits = net(torch.tensor(data[f"in/step{step}/img"]).double())
         loss = F.cross_entropy(logits, torch.tensor(data[f"in/step{step}/img_y"]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.step(torch.autograd.grad(loss, optimizer.trained))
     for name, value in net.state_dict().items():
         want = data[f"out64/sgd_kek/{name}"]
         assert np.abs(value.numpy() - want).max() <= 1e-9 * np.abs(want).max(), name

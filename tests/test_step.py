@@ -1,5 +1,7 @@
 """The training step reads nothing back from the device, and has one graph."""
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -7,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normatch.classifier import ClassifierState
 from normatch.config import make_config
-from normatch.state import Meter
+from normatch.state import Meter, TrainStep
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
 
@@ -32,14 +34,6 @@ def prepared(**keys):
     return state, batch
 
 
-def step(state, forward, batch):
-    state.begin_step()
-    loss, metrics = forward(batch, torch.tensor(state.step))
-    loss.backward()
-    state.update()
-    state.meter.add({"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics})
-
-
 @pytest.mark.parametrize(
     "keys",
     [
@@ -55,9 +49,11 @@ def step(state, forward, batch):
 def test_no_read_back(keys, monkeypatch):
     monkeypatch.setattr("normatch.ops._check_no_nan", lambda *arguments: None)  # on the CPU it looks, on a GPU not
     state, batch = prepared(**keys)
-    step(state, state.objective, batch)  # the optimisers make their state in the first step
+    step = TrainStep(state)
     with NoReadBack():
-        step(state, state.objective, batch)
+        for _ in range(2):
+            state.begin_step()
+            state.meter.add(step([batch]))
     assert state.step == 2 and state.meter.read()["loss"] > 0
 
 
@@ -66,19 +62,26 @@ def test_the_guard_finds_a_read_back():
         torch.ones(1).item()
 
 
-@pytest.mark.parametrize("method", ["normatch", "fixmatch"])
-def test_the_step_is_one_graph_and_is_compiled_once(method):
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"method": "fixmatch"}, {"compat": "reference"}, {"precision": "bf16"}],
+    ids=["normatch", "fixmatch", "reference", "bf16"],
+)
+def test_the_whole_step_is_one_graph_and_is_compiled_once(keys, monkeypatch):
     torch._dynamo.reset()
-    state, batch = prepared(method=method)
+    state, batch = prepared(**keys)
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(state.objective, fullgraph=True, backend=counted)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+    step = TrainStep(state, "default")
     for _ in range(4):
-        step(state, compiled, batch)
-    assert counted.frame_count == 1
+        state.begin_step()
+        state.meter.add(step([batch]))
+    assert counted.frame_count == 1 and state.meter.read()["loss"] > 0
 
 
 def test_metrics_are_averaged_over_steps_and_left_out_where_nothing_was_counted():
     meter = Meter()
+    meter.names = ["a", "b"]
     for total, count in ((3.0, 1.0), (5.0, 3.0)):
-        meter.add({"a": torch.tensor([total, count]), "b": torch.tensor([0.0, 0.0])})
+        meter.add(torch.tensor([[total, count], [0.0, 0.0]]))
     assert meter.read() == {"a": 2.0}

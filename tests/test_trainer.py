@@ -14,6 +14,7 @@ from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
 from normatch.run import Run, load_checkpoint
+from normatch.state import TrainStep
 from normatch.verify import same
 
 TINY = {
@@ -127,14 +128,15 @@ def figures(out):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_progress(tmp_path, monkeypatch, number):
     normatch.train(tiny(tmp_path / "whole", steps=20))
-    update = ClassifierState.update
+    take = TrainStep.__call__
 
-    def update_and_signal(state):
-        update(state)
-        if state.step == 7:  # between two log points and two evaluations
+    def take_and_signal(step, batches):
+        metrics = take(step, batches)
+        if step.state.step == 7:  # between two log points and two evaluations
             signal.raise_signal(number)
+        return metrics
 
-    monkeypatch.setattr(ClassifierState, "update", update_and_signal)
+    monkeypatch.setattr(TrainStep, "__call__", take_and_signal)
     before = signal.getsignal(number)
     with pytest.raises(UserError, match="step 7 of 20") as stopped:
         normatch.train(tiny(tmp_path / "parts", steps=20))

@@ -1,10 +1,11 @@
-"""NorMatch, FixMatch and supervised training on scikit-learn's digits, 40 labels, three seeds: the README's table.
+"""NorMatch, FixMatch and supervised training at equal steps, on the same labels and network: the README's tables.
 
-    python benchmarks/digits.py [--seeds 0 1 2] [--steps N]
+    python benchmarks/methods.py digits                                      # 40 labels, three seeds
+    python benchmarks/methods.py cifar10-4000-small --data_dir DIR --seeds 0     # 4,000 labels, a small network
 
-Runs the three methods one after another with the `digits` preset, so that they differ in the method alone, and two
-classical baselines on the same labelled images. Writes benchmarks/results/digits/{results.json,digits.png} and the
-table into README.md.
+Runs the three methods one after another with one preset, so that they differ in the method alone; for the digits also
+two classical baselines on the same labelled images. Writes results.json and curves.png into
+benchmarks/results/PRESET/, and the table into README.md.
 """
 
 import argparse
@@ -19,23 +20,26 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.semi_supervised import LabelSpreading
 
-from normatch import make_config, train
+from normatch import train
 from normatch.data import load_dataset, split_labels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "digits"
 METHODS = {"normatch": "NorMatch", "fixmatch": "FixMatch", "supervised": "Supervised"}
 COLOURS = {"normatch": "#c1440e", "fixmatch": "#2b6cb0", "supervised": "#718096"}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=("digits", "cifar10-4000-small"))
+    parser.add_argument("--data_dir", help="folder that holds CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=make_config("digits").steps)
+    parser.add_argument("--steps", type=int, help="(default: the preset's)")
     options = parser.parse_args()
+    given = {"steps": options.steps, "data_dir": options.data_dir}
+    given = {name: value for name, value in given.items() if value is not None}
 
     runs = Path(tempfile.mkdtemp())
     records = []
@@ -43,23 +47,26 @@ def main():
         for seed in options.seeds:
             for method in METHODS:
                 out = runs / f"{method}-{seed}"
-                result = train("digits", method=method, seed=seed, steps=options.steps, out=str(out))
-                lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+                result = train(options.preset, method=method, seed=seed, out=str(out), **given)
+                lines = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
                 curve = [(line["step"], line["test_accuracy"]) for line in lines if line["kind"] == "eval"]
                 records.append({**result.summary, "curve": curve, "out": None})
-            records += baselines(seed)
+            if options.preset == "digits":
+                records += baselines(seed)
     finally:
         shutil.rmtree(runs)
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "results.json").write_text(json.dumps(records, indent=1) + "\n")
-    draw(records, RESULTS / "digits.png")
+    results = REPOSITORY / "benchmarks" / "results" / options.preset
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    draw(records, results / "curves.png")
     table = make_table(records)
     print(table)
     readme = REPOSITORY / "README.md"
-    before, rest = readme.read_text().split("<!-- digits table -->\n")
+    mark = f"<!-- {options.preset} table -->\n"
+    before, rest = readme.read_text().split(mark)
     after = rest.split("<!-- end -->\n", 1)[1]
-    readme.write_text(f"{before}<!-- digits table -->\n{table}<!-- end -->\n{after}")
+    readme.write_text(f"{before}{mark}{table}<!-- end -->\n{after}")
 
 
 def baselines(seed: int) -> list[dict]:
@@ -98,8 +105,9 @@ def draw(records, path: Path):
         mean = accuracy.mean(0)
         axes.plot(steps, mean, color=COLOURS[method], label=f"{name}: {mean[-1]:.1f} %")
         axes.fill_between(steps, accuracy.min(0), accuracy.max(0), color=COLOURS[method], alpha=0.2, linewidth=0)
-    axes.set(xlabel="step", ylabel="test accuracy, %", ylim=(50, 100), xlim=(0, None))
-    axes.set_title("Digits, 40 labels: mean and range of the seeds", fontsize=10)
+    first = records[0]
+    axes.set(xlabel="step", ylabel="test accuracy, %", xlim=(0, None))
+    axes.set_title(f"{first['dataset']}, {first['num_labels']} labels: mean and range of the seeds", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
