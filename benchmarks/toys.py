@@ -21,6 +21,7 @@ from torch import nn
 
 from normatch import make_config, train
 from normatch.flow_training import FlowState
+from normatch.state import TrainStep
 
 RESULTS = Path(__file__).parent / "results" / "toys"
 SETS = ("moons", "circles", "8gaussians", "pinwheel")
@@ -147,14 +148,13 @@ class OurStep:
 
     def __init__(self, config, means: torch.Tensor):
         self.state = FlowState(config, torch.device("cpu"))
+        self.step = TrainStep(self.state)
 
     def __call__(self, x, y):
         self.state.begin_step()
         labelled = len(y) // 2
         batch = {"images": x, "y": y[:labelled], "u_y": torch.full_like(y[labelled:], -1)}
-        loss, _ = self.state.objective(batch, torch.tensor(self.state.step))
-        loss.backward()
-        self.state.update()
+        self.step([batch])
 
 
 def speed(rounds: int = 7, steps: int = 60) -> list[dict]:
