@@ -21,8 +21,16 @@ class WideResNet(nn.Module):
     second stage on, as in the published NorMatch code, where the activation is computed and thrown away.
     """
 
-    def __init__(self, depth: int = 28, widen: int = 2, transition: str = "activated", bn_momentum: float = 0.001):
+    def __init__(
+        self,
+        depth: int = 28,
+        widen: int = 2,
+        transition: str = "activated",
+        bn_momentum: float = 0.001,
+        mixing: bool = False,
+    ):
         super().__init__()
+        self.mixing = mixing
         if transition not in ("activated", "raw"):
             raise ValueError(f"transition must be 'activated' or 'raw', not {transition!r}")
         if depth >= 10 and (depth - 4) % 6 == 0:
@@ -54,7 +62,22 @@ class WideResNet(nn.Module):
         x = self.conv1(x)
         for i in range(self.stages):
             x = self.get_submodule(f"block{i + 1}")(x)
-        return _act(self.bn1(x)).mean((2, 3))
+        x = _act(self.bn1(x))
+        return (mix(x) if self.mixing and self.training else x).mean((2, 3))
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """x: (N, C, H, W) -> (N, C, H, W), NorMatch's `--mixing`: in half of the calls channels are mixed with others.
+
+    LeakyReLU(0.1)(a x + (1 - a) x'), x' the channels of x in a random order, without a gradient, and a = max(b, 1 - b)
+    for b ~ Beta(0.1, 0.1). Decided and drawn on the device.
+    """
+    noise = torch.rand(2, device=x.device)
+    # A Gamma(1.1) variable times the tenth power of a uniform one is Gamma(0.1); two of those make a Beta(0.1, 0.1).
+    gammas = torch._standard_gamma(torch.full((2,), 1.1, device=x.device)).log() + 10 * noise.log()
+    a = gammas.softmax(0).amax().to(x.dtype)
+    mixed = _act(a * x + (1 - a) * x.detach()[:, torch.randperm(x.shape[1], device=x.device)])
+    return torch.where(torch.rand((), device=x.device) < 0.5, mixed, x)
 
 
 class _Stage(nn.Module):
@@ -141,19 +164,27 @@ def feature_width(backbone: nn.Module, image_size: int = 32) -> int:
 
 
 def build_backbone(
-    name: str, transition: str = "activated", bn_momentum: float | None = None, image_size: int = 32
+    name: str,
+    transition: str = "activated",
+    bn_momentum: float | None = None,
+    image_size: int = 32,
+    mixing: bool = False,
 ) -> nn.Module:
     """`wrn-DEPTH-WIDEN`, `resnet18`, `resnet50`, `torchvision:NAME` or `timm:NAME` -> a module that returns features.
 
     `bn_momentum` is in PyTorch's sense (the weight of the new batch) and None keeps the network's own: 0.001 for
-    wide ResNets, 0.1 for torchvision's. Raises `UserError` for a name that none of the sources knows.
+    wide ResNets, 0.1 for torchvision's. `mixing`: of wide ResNets alone, see `mix`. Raises `UserError` for a name that
+    none of the sources knows.
     """
     source, _, model = name.rpartition(":")
     if not source and model.startswith("wrn-"):
         numbers = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", model, re.ASCII)
         if numbers is None:
             raise UserError(f"backbone {name!r}: a wide ResNet is named wrn-DEPTH-WIDEN, such as wrn-28-2")
-        return WideResNet(int(numbers[1]), int(numbers[2]), transition, 0.001 if bn_momentum is None else bn_momentum)
+        momentum = 0.001 if bn_momentum is None else bn_momentum
+        return WideResNet(int(numbers[1]), int(numbers[2]), transition, momentum, mixing)
+    if mixing:
+        raise UserError(f"mixing is a part of the wide ResNets, backbone {name!r} has none")
 
     if source == "torchvision" or (not source and model in ("resnet18", "resnet50")):
         backbone = _torchvision(model)

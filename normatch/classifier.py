@@ -1,5 +1,6 @@
 """Training of an image classifier: a backbone, and one of `METHODS` on its features and logits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,10 @@ class ClassifierState(TrainingState):
             raise UserError(
                 f"{self.dataset.name} is a table: the methods that train on tables are flows, --method flowgmm"
             )
+        if config.compat == "reference" and self.dataset.name.startswith("svhn"):
+            self.dataset = replace(self.dataset, flip=True)  # the paper leaves digits as they are
+        if config.batch_size % config.accumulate:
+            raise UserError(f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}")
         self.split = make_split(self.dataset, config.num_labels, config.seed, config.num_val)
         uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
         self.images_per_step = config.batch_size * (1 + 2 * uratio)
@@ -42,7 +47,7 @@ class ClassifierState(TrainingState):
             self.split,
             config.augment,
             config.seed,
-            config.batch_size,
+            config.batch_size // config.accumulate,
             uratio,
             rank=distributed.rank(),
             ranks=distributed.ranks(),
@@ -52,7 +57,7 @@ class ClassifierState(TrainingState):
         self.backbone = "given" if backbone else "named"
         if backbone is None:
             transition = "raw" if config.compat == "reference" else "activated"
-            backbone = build_backbone(config.backbone, transition, config.bn_momentum, image_size)
+            backbone = build_backbone(config.backbone, transition, config.bn_momentum, image_size, config.mixing)
         classifier = Classifier(backbone, classes, image_size)
         method = METHODS[config.method](classifier.features, classes, config)
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -62,9 +67,11 @@ class ClassifierState(TrainingState):
         if config.sync_bn:
             distributed.synchronize_batch_norm(classifier)
         self.flows = method.flows
-        self.optimizers = {"optimizer": SGD(decay_groups(classifier, config.weight_decay), config.lr)}
+        reference = config.compat == "reference"
+        self.optimizers = {
+            "optimizer": SGD(decay_groups(classifier, config.weight_decay, by_name=reference), config.lr)
+        }
         if self.flows:
-            reference = config.compat == "reference"
             self.optimizers["flow_optimizer"] = FlowOptimizer(
                 self.flows, config.flow_lr, config.weight_decay, config.clip, reference
             )
@@ -73,9 +80,8 @@ class ClassifierState(TrainingState):
     def batches(self, start: int) -> Batches:
         config = self.config
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return make_batches(
-            self.views, start, config.steps, self.augment_backend, self.device, dtype, config.num_workers
-        )
+        start, stop = start * config.accumulate, config.steps * config.accumulate
+        return make_batches(self.views, start, stop, self.augment_backend, self.device, dtype, config.num_workers)
 
     def begin_step(self) -> float:
         config = self.config

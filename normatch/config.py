@@ -56,12 +56,16 @@ class Config(BaseModel):
     steps: Positive = key(2**20, "optimiser steps")
     batch_size: Positive = key(64, "labelled images a step")
     uratio: Positive = key(7, "unlabelled images a step, as a multiple of batch_size (mu)")
+    accumulate: Positive = key(
+        1, "parts that a step's images are taken in, one after another, to save memory; da_window counts parts"
+    )
     lr: Weight = key(0.03, "learning rate of SGD with Nesterov momentum 0.9")
     weight_decay: Weight = key(5e-4, "weight decay of both optimisers")
     warmup: NonNegative = key(0, "steps of linear learning-rate warm-up")
     ema_decay: Share = key(0.999, "decay of the averaged weights that are evaluated")
 
     lambda_u: Weight = key(1.0, "weight of the unlabelled loss")
+    mixing: bool = key(False, "wide ResNets: mix the last feature maps of two images in half of the batches")
     T: Annotated[float, Field(gt=0)] = key(1.0, "temperature of the pseudo-labels")
     p_cutoff: Share = key(0.95, "confidence threshold of FixMatch; for NorMatch only reported")
     hard_label: bool | None = key(
@@ -146,11 +150,15 @@ class Config(BaseModel):
     )
     sync_bn: bool = key(False, "several processes: BatchNorm over the images of all of them")
     channels_last: bool = key(True, "memory format of images and weights")
-    compile: bool = key(False, "torch.compile the forward pass and the loss")
+    compile: bool | Literal["reduce-overhead"] = key(
+        False, "torch.compile the whole step, a minute or two before the first; reduce-overhead: with CUDA graphs"
+    )
+    profile: bool = key(False, "leave trace.json, a Chrome trace of five steps, in the run folder")
     compat: Literal["none", "reference"] = key("none", "reference: do what the published code does where it differs")
 
     eval_every: Positive = key(1024, "steps between evaluations, each of which writes a checkpoint")
     log_every: Positive = key(50, "steps between lines of metrics.jsonl")
+    keep: Annotated[int, Field(ge=2)] = key(2, "checkpoints kept: the last, and those before it to fall back on")
     out: str | None = key(None, "the run folder; none: runs/DATASET-LABELS-METHOD-SEED")
     resume: str | None = key(
         None, "auto: go on from the run folder's last checkpoint, if there is one; or a run or checkpoint"
@@ -295,15 +303,15 @@ PRESETS = {
         **_CIFAR10,
         "num_labels": 4000,
         "backbone": "wrn-10-1",
-        "bn_momentum": 0.05,
-        "steps": 3000,
+        "bn_momentum": 0.01,
+        "steps": 5000,
         "batch_size": 32,
         "uratio": 2,
         "lr": 0.1,
         "ema_decay": 0.99,
         "p_cutoff": 0.8,
         "warmup_flow": 400,
-        "eval_every": 500,
+        "eval_every": 1000,
         "log_every": 50,
     },
     "cifar10-4000-two-flows": {**_CIFAR10, "num_labels": 4000, "third_voter": "flow", "hard_label": True},

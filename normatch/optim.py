@@ -11,12 +11,17 @@ import torch
 from torch import nn
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The parameters of `model` as two optimiser groups: matrices and filters decay, biases and norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def decay_groups(model: nn.Module, weight_decay: float, by_name: bool = False) -> list[dict]:
+    """The parameters of `model` as two optimiser groups: matrices and filters decay, biases and norms do not.
+
+    by_name: as the published code tells them, by "bias" or "bn" in the name, which misses the norms of a ResNet's
+    shortcuts.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decaying = {name for name, p in named if (not ("bias" in name or "bn" in name) if by_name else p.ndim > 1)}
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
     ]
 
 

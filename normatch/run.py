@@ -20,7 +20,7 @@ from .errors import UserError
 # the few pixels in which dali differs from the other backends.
 FREE_KEYS = {
     "data_dir", "download", "device", "in_memory", "num_workers", "augment_backend", "compile", "log_every",
-    "eval_every", "out", "resume", "overwrite", "progress",
+    "eval_every", "out", "resume", "overwrite", "progress", "profile", "keep",
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class Run:
     """
 
     def __init__(self, config: Config):
-        self.folder = config.folder
+        self.folder, self.keep = config.folder, config.keep
         self.source = None  # the checkpoints' folder of another run that this one goes on from
         self.writes = distributed.rank() == 0
         self.tensorboard = None
@@ -41,9 +41,10 @@ class Run:
         return self.folder / "checkpoints" / "last.pt"
 
     @property
-    def previous(self) -> Path:
-        """The checkpoint before the last: what is left where the last turns out to be damaged."""
-        return self.folder / "checkpoints" / "previous.pt"
+    def earlier(self) -> list[Path]:
+        """The checkpoints before the last, newest first: what is left where the last turns out to be damaged."""
+        names = ["previous.pt", *(f"previous-{i}.pt" for i in range(2, self.keep))]
+        return [self.last.with_name(name) for name in names]
 
     @property
     def best(self) -> Path:
@@ -77,7 +78,7 @@ class Run:
     def _newest_checkpoint(self) -> dict | None:
         """The last checkpoint, or where that is damaged the one before, saying so; None where there is none."""
         damaged = None
-        for path in (self.last, self.previous):
+        for path in (self.last, *self.earlier):
             if path.exists():
                 try:
                     state = load_checkpoint(path)
@@ -92,19 +93,20 @@ class Run:
         return None
 
     def save(self, state: dict, improved: bool):
-        """Write the last checkpoint, keep the one before it, and where it `improved` write the best one too."""
+        """Write the last checkpoint, keep those before it, and where it `improved` write the best one too."""
         if not self.writes:
             return
         if improved:  # first: a last.pt that knows of a better best.pt than there is would keep a wrong one for good
             save_checkpoint(self.best, state)
-        if self.last.exists():
-            link = self.previous.with_suffix(".new")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(self.last, link)  # a second name for the same bytes: there is a last.pt at every moment
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.last, link)
-            os.replace(link, self.previous)
+        for older, newer in zip(self.earlier[::-1], [*self.earlier[-2::-1], self.last], strict=True):
+            if newer.exists():
+                link = older.with_suffix(".new")
+                link.unlink(missing_ok=True)
+                try:
+                    os.link(newer, link)  # a second name for the same bytes: there is a last.pt at every moment
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(newer, link)
+                os.replace(link, older)
         save_checkpoint(self.last, state)
 
     def open(self, config: Config, device: torch.device, resumed_from: int):

@@ -74,7 +74,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         print(yaml.safe_dump(config.model_dump(), sort_keys=False), file=sys.stderr)
 
     # ---- The loop.
-    step = TrainStep(state, "default" if config.compile else None)
+    step = TrainStep(state, "default" if config.compile is True else config.compile or None)
     batches = state.batches(start)
     if rank == 0:
         print(f"augmentation: {batches.backend} ({batches.reason})", file=sys.stderr)
@@ -82,15 +82,18 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     clock = Clock(state.seconds)
     state.objective.train()
     stop = StopRequest()
+    trace = Trace(run.folder / "trace.json", device) if config.profile and rank == 0 else None
     try:
         while state.step < config.steps:
             clock.start_step()
-            parts = [next(batches)]
+            parts = [next(batches) for _ in range(config.accumulate)]
             clock.data_arrived()
 
             lr = state.begin_step()
             state.meter.add(step(parts))
             clock.step_done()
+            if trace:
+                trace.step_done()
 
             last = state.step == config.steps
             evaluating = last or state.step % config.eval_every == 0
@@ -135,6 +138,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
     finally:
         stop.restore()
+        if trace:
+            trace.close()
         batches.close()
         report.close()
         run.close()
@@ -178,6 +183,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
 def make_state(config: Config, device: torch.device, backbone: nn.Module | None = None) -> TrainingState:
     """The state that a run of this configuration starts from: what its family of methods trains."""
     if config.method in FLOW_METHODS:
+        if config.accumulate > 1:
+            raise UserError(f"method {config.method} takes a step's images at once: --accumulate 1")
         return FlowState(config, device)
     return ClassifierState(config, device, backbone)
 
@@ -217,6 +224,35 @@ class StopRequest:
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class Trace:
+    """A Chrome trace of `STEPS` steps, after the first few, which allocate and compile."""
+
+    SKIPPED, STEPS = 5, 5
+
+    def __init__(self, path: Path, device: torch.device):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=self.SKIPPED - 1, warmup=1, active=self.STEPS, repeat=1),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        )
+        self.left = self.SKIPPED + self.STEPS
+        self.profiler.start()
+
+    def step_done(self):
+        if self.left:
+            self.profiler.step()
+            self.left -= 1
+            if not self.left:
+                self.profiler.stop()
+
+    def close(self):
+        if self.left:  # the run was shorter
+            self.profiler.stop()
 
 
 class Clock:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.backbones import Classifier, WideResNet, build_backbone, feature_width
+from normatch.backbones import Classifier, WideResNet, build_backbone, feature_width, mix
 from normatch.errors import UserError
 
 # From the table of the recorded files: four times the measured gap between fp32 and fp64 of the published code.
@@ -137,3 +137,22 @@ def test_backbone_with_wrong_output_is_a_user_error():
 
     with pytest.raises(UserError, match="tuple"):
         Classifier(Pair(), 10)
+
+
+def test_mixing_mixes_channels_in_half_of_the_batches_of_training():
+    x = torch.rand(4, 6, 3, 3) + 0.1
+    results = [mix(x) for _ in range(200)]
+    mixed = [y for y in results if not torch.equal(y, x)]
+    assert 60 < len(mixed) < 140
+    for y in mixed:  # positive features: a x + (1 - a) x', whose sum over the channels stays
+        assert torch.allclose(y.sum(1), x.sum(1), rtol=1e-5)
+    x.requires_grad_()
+    torch.manual_seed(3)
+    gradients = [torch.autograd.grad(mix(x).sum(), x)[0] for _ in range(50)]
+    shares = {round(g[0, 0, 0, 0].item(), 4) for g in gradients}
+    assert max(shares) == 1 and 0.5 <= min(shares) < 1  # the mixed-in channels have no gradient
+    backbone = build_backbone("wrn-10-1", mixing=True)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone.eval()(images), backbone(images))
+    with pytest.raises(UserError, match="mixing"):
+        build_backbone("resnet18", mixing=True)

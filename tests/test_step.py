@@ -79,6 +79,23 @@ def test_the_whole_step_is_one_graph_and_is_compiled_once(keys, monkeypatch):
     assert counted.frame_count == 1 and state.meter.read()["loss"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_nothing_waits_for_the_gpu(mode):
+    config = make_config(backbone="wrn-10-1", batch_size=4, uratio=2, device="cuda")
+    state = ClassifierState(config, torch.device("cuda"))
+    state.objective.train()
+    batches, step = state.batches(0), TrainStep(state, mode)
+    for number in range(6):
+        torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")  # the first ones allocate and compile
+        try:
+            state.begin_step()
+            state.meter.add(step([next(batches)]))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert state.meter.read()["loss"] > 0
+
+
 def test_metrics_are_averaged_over_steps_and_left_out_where_nothing_was_counted():
     meter = Meter()
     meter.names = ["a", "b"]

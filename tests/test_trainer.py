@@ -282,8 +282,51 @@ def test_reference_uses_the_live_flow_and_the_raw_transition(tmp_path):
 
 def test_compiled_training_gives_the_same_losses(tmp_path):
     # At a small learning rate: rounding is amplified tenfold a step at the preset's.
-    keys = {"steps": 4, "log_every": 1, "dropout": 0.0, "lr": 1e-3, "flow_lr": 1e-4}
+    keys = {"steps": 4, "log_every": 1, "dropout": 0.0, "lr": 1e-3, "flow_lr": 1e-4, "precision": "fp32"}
     for name, flag in (("eager", False), ("compiled", True)):
         normatch.train(tiny(tmp_path / name, compile=flag, **keys))
     eager, compiled = ([r["loss"] for r in lines(tmp_path / name, "train")] for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
+    """Supervised, with BatchNorm out of the way: the mean over parts is then the mean over the batch."""
+    keys = {"method": "supervised", "precision": "fp64", "steps": 3, "log_every": 1}
+    for name, parts in (("whole", 1), ("parts", 4)):
+        backbone = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4), nn.ReLU())
+        torch.manual_seed(0)
+        for parameter in backbone.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        normatch.train(tiny(tmp_path / name, accumulate=parts, **keys), backbone=backbone)
+    whole, parts = ([r["loss"] for r in lines(tmp_path / name, "train")] for name in ("whole", "parts"))
+    assert parts == pytest.approx(whole, rel=1e-6)  # the metrics are kept in fp32
+    a, b = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-9) for name in a)
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not divisible by accumulate 3"):
+        normatch.train(tiny(tmp_path / "run", accumulate=3))
+
+
+def test_a_profile_is_a_chrome_trace_of_some_steps(tmp_path):
+    normatch.train(tiny(tmp_path / "run", steps=12, profile=True))
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 5 and any("convolution" in event.get("name", "") for event in events)
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path):
+    normatch.train(tiny(tmp_path / "run", steps=50, eval_every=10, keep=4))
+    steps = {path.name: load_checkpoint(path)["step"] for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    del steps["best.pt"]
+    assert steps == {"last.pt": 50, "previous.pt": 40, "previous-2.pt": 30, "previous-3.pt": 20}
+
+
+def test_compat_follows_the_published_names_and_mirrors(tmp_path):
+    config = tiny(tmp_path / "run", compat="reference", backbone="resnet18", image_size=32)
+    for compat, decays in (("none", False), ("reference", True)):
+        state = ClassifierState(config.model_copy(update={"compat": compat}), torch.device("cpu"))
+        decaying = {id(p) for p in state.optimizers["optimizer"].param_groups[0]["params"]}
+        norm = state.objective.classifier.backbone.layer2[0].downsample[1].weight
+        assert (id(norm) in decaying) is decays
