@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from normatch import make_config, train
@@ -63,8 +64,10 @@ def accuracies(sets, seeds) -> list[dict]:
                     records.append({"preset": preset, "seed": seed, **{key: summary.get(key) for key in kept}})
                     print(f"{preset}, seed {seed}: {summary['test_accuracy']:.1f} %", flush=True)
                     figure = folder / f"{preset}-{seed}" / "plane.png"
-                    if seed == seeds[0] and figure.exists():
-                        shutil.copy(figure, RESULTS / f"{preset}.png")
+                    if seed == seeds[0] and preset == name:
+                        picture = Image.open(figure).convert("RGB")
+                        picture.thumbnail((1000, 1000))
+                        picture.quantize(200).save(RESULTS / f"{name}.png", optimize=True)
     finally:
         shutil.rmtree(folder)
     return records
