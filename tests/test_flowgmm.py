@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_step import NoReadBack, step
+from test_step import NoReadBack
 from torch.nn import functional as F
 
 import normatch
@@ -20,6 +20,7 @@ from normatch.flows import FlowClassifier, GaussianMixture, RealNVPTabular
 from normatch.methods.flowgmm import MEANS, FlowGMM, place_means, simplex
 from normatch.optim import SCHEDULES, SWA
 from normatch.run import load_checkpoint
+from normatch.state import TrainStep
 from normatch.tables import Table, load_table
 from normatch.verify import same
 
@@ -272,11 +273,14 @@ def test_a_step_reads_nothing_back(preset, monkeypatch):
     monkeypatch.setattr("normatch.ops._check_no_nan", lambda *arguments: None)  # on the CPU it looks, on a GPU not
     state = FlowState(make_config(preset, consistency_weight=1.0, noise=0.1, means_trainable=True), CPU)
     state.objective.train()
-    batches = state.batches(0)
-    step(state, state.objective, next(batches))  # the optimiser makes its state in the first step
+    batches, step = state.batches(0), TrainStep(state)
+    state.begin_step()
+    step([next(batches)])  # the optimiser makes its state in the first step
     batch = next(batches)
     with NoReadBack():
-        step(state, state.objective, batch)
+        state.begin_step()
+        state.meter.add(step([batch]))
+    assert state.step == 2 and state.meter.read()["loss_u"] < 1e3
 
 
 @pytest.mark.parametrize("preset", ["moons", "flowgmm-mnist-100", "pixels"])
