@@ -1,0 +1,41 @@
+"""`normatch bench kernels` measures every op, after it has checked that all providers agree."""
+
+import json
+
+import pytest
+import torch
+
+from normatch.bench import kernels, measure
+from normatch.cli import main
+
+
+def test_every_op_and_direction_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "keep_memory", lambda: None)  # for the tests after this one
+    arguments = ["bench", "kernels", "--quick", "--no-compile", "--rounds", "1", "--device", "cpu"]
+    assert main([*arguments, "--only", "2d forward", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "into memory new from the system" in out
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+    assert {record["provider"] for record in result["records"]} == {"published", "closed", "normatch"}
+    ours = [record for record in result["records"] if record["provider"] == "normatch"]
+    assert [record["operations"] for record in ours] == [1] * len(ours)
+    assert {case.op for case in kernels.cases(quick=True)} == {
+        "affine_coupling", "coupling2d", "logdet", "gmm_log_prob", "flow_head",
+    }  # fmt: skip
+
+
+def test_a_provider_that_is_wrong_is_not_measured():
+    case = next(case for case in kernels.cases(quick=True) if case.op == "logdet")
+    case.providers["normatch"] = lambda log_scale: log_scale.sum(1) + 1
+    with pytest.raises(RuntimeError, match="normatch is wrong"):
+        measure.compare(case, "cpu", 1, leave_out=("closed_compiled",))
+
+
+@pytest.mark.parametrize("case", kernels.cases(quick=True), ids=lambda case: case.name)
+def test_providers_agree(case):
+    torch.manual_seed(0)
+    inputs = case.inputs("cpu")
+    for name in case.providers:
+        if "compiled" not in name:
+            measure.check_agreement(case, name, inputs)
