@@ -379,3 +379,15 @@ def test_shapes_that_do_not_fit_are_named():
         RealNVPMNIST(width=4, blocks=1)(255.0 * torch.eye(28).expand(2, 1, -1, -1))
     with pytest.raises(ValueError, match="5 x 4 cannot be squeezed"):
         RealNVP((1, 5, 4), width=4, blocks=1)
+
+
+def test_compiler_takes_an_image_flow_whole():
+    flow = RealNVP((1, 4, 4), scales=1, width=4, blocks=0, conv=True)
+    model = FlowClassifier(flow, GaussianMixture(torch.randn(3, 16))).eval()
+    x = torch.rand(3, 1, 4, 4)
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        out = call(x)
+        results.append([*out, *torch.autograd.grad(-out.log_prob.mean(), list(model.flow.parameters()))])
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)

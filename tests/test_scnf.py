@@ -416,3 +416,14 @@ def test_sizes_that_cannot_be_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             FlowState(toy_config(tmp_path, **keys), torch.device("cpu"))
+
+
+def test_compiler_takes_the_model_whole():
+    model = SCNF(PointFlow(4, 1, 4), ConditionalFlow(4, 10, 2, 1, 4), 3)
+    x = torch.rand(3, 4)
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        out = call(x)
+        results.append([*out, *torch.autograd.grad(-out.log_prob.mean(), list(model.parameters()))])
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
