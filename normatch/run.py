@@ -168,9 +168,10 @@ def save_checkpoint(path: Path, state: dict):
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer makes its own of what the system said
         new.unlink(missing_ok=True)
-        raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {error}") from None
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {reason}") from None
 
 
 def load_checkpoint(path: str | Path, chosen: bool = False) -> dict:

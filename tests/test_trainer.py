@@ -1,6 +1,7 @@
 """Whole runs on the bundled digits, small: learning, the run folder, resuming, validation, published behaviour."""
 
 import json
+import resource
 import signal
 
 import pytest
@@ -187,6 +188,26 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left"):
         normatch.train(tiny(tmp_path / "run", steps=30))
+    assert load_checkpoint(tmp_path / "run")["step"] == 10
+    assert not list((tmp_path / "run").rglob("*.new"))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    """As the kernel reports it: from step 20 on no file may grow beyond 100 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = Run.save
+
+    def save_on_a_full_disk(run, state, improved):
+        if state["step"] == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(run, state, improved)
+
+    monkeypatch.setattr(Run, "save", save_on_a_full_disk)
+    try:
+        with pytest.raises(UserError, match="could not be written.*File too large"):
+            normatch.train(tiny(tmp_path / "run", steps=30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(tmp_path / "run")["step"] == 10
     assert not list((tmp_path / "run").rglob("*.new"))
 

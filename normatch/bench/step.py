@@ -284,7 +284,11 @@ def published_step(state: ClassifierState):
             pi, choice = flow_u[2].softmax(1).max(1)
             agree = choice.eq(label).float()
             weight = torch.max(agree, (1 - agree) * torch.min(confidence, pi))
-            loss_u = ((-q * logits_strong.log_softmax(1)).sum(1) * weight).mean()
+            if config.one_hot:
+                cross_entropy = F.cross_entropy(logits_strong, label, reduction="none")
+            else:
+                cross_entropy = -(q * logits_strong.log_softmax(1)).sum(1)
+            loss_u = (cross_entropy * weight).mean()
             loss_f = F.cross_entropy(flow_x[2], y)
             loss_n = -(flow_u[3] - features.shape[1] * math.log(256)).mean()
             r = min(state.step // 1024 * 1024 / max(config.warmup_flow, 1), 1)

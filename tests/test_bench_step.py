@@ -1,0 +1,46 @@
+"""`normatch bench step`: the formulations agree, every part of the step is in the breakdown, the record is whole."""
+
+import json
+
+import pytest
+
+from normatch.bench import step as bench
+from normatch.cli import make_parser
+
+
+def run(*words):
+    words = [
+        "bench",
+        "step",
+        "--dataset",
+        "digits",
+        "--backbone",
+        "wrn-10-1",
+        "--batch_size",
+        "2",
+        "--uratio",
+        "1",
+        *words,
+    ]
+    options = make_parser(words[:2]).parse_args([*words, "--device", "cpu", "--rounds", "1", "--no-compile"])
+    return options.run(options)
+
+
+@pytest.mark.parametrize("method", ["normatch", "fixmatch"])
+def test_the_record_holds_every_formulation_and_part(tmp_path, capsys, method):
+    assert run("--method", method, "--out", str(tmp_path)) == 0
+    record = json.loads((tmp_path / "step.json").read_text())
+    flow = {"closed form"} if method == "normatch" else set()
+    assert record["seconds"].keys() == {"published", "normatch", "backbone"} | flow
+    assert record["times_published"] == record["seconds"]["published"] / record["seconds"]["normatch"]
+    parts = {"data", "backbone forward", "backbone backward", "loss, both ways", "SGD", "average", "metrics"}
+    assert record["parts"].keys() == parts | ({"flow head, both ways", "AdamW of the flow"} if flow else set())
+    assert all(seconds >= 0 for seconds in record["parts"].values())
+    assert "x faster" in capsys.readouterr().out
+
+
+def test_a_formulation_that_computes_something_else_is_refused(monkeypatch):
+    forward = bench.PublishedFlow.forward
+    monkeypatch.setattr(bench.PublishedFlow, "forward", lambda flow, x: forward(flow, x + 0.1))
+    with pytest.raises(RuntimeError, match="do not agree"):
+        run()
