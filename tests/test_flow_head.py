@@ -318,18 +318,20 @@ def train_head(head, x, upstream):
 
 
 @pytest.mark.skipif(ops.backend()[0] != "emulated", reason="counts the launches of the emulator")
-@pytest.mark.parametrize("rows", [3, 600])
-@pytest.mark.parametrize(("features", "classes"), [(128, 10), (20, 100)])
-def test_emulated_launches(features, classes, rows):
-    """One launch forward, two backward."""
+@pytest.mark.parametrize(
+    ("rows", "features", "classes", "hidden"), [(3, 128, 10, 32), (600, 20, 100, 32), (5, 600, 3, 128), (2, 4000, 5, 4)]
+)
+def test_emulated_launches(rows, features, classes, hidden):
+    """One launch forward, two backward, wherever the weights are kept."""
     from normatch import _C_emulated
 
-    head, x = FlowHead(features, classes, couplings=2), torch.randn(rows, features)
+    head, x = FlowHead(features, classes, couplings=2, hidden=hidden), torch.randn(rows, features)
     before = _C_emulated.launches()
     out = head(x)
     assert _C_emulated.launches() - before == 1
-    out.log_prob.sum().backward()
+    (out.log_prob.sum() + out.z.sum()).backward()
     assert _C_emulated.launches() - before == 3
+    assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
 @pytest.mark.gpu
