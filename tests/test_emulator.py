@@ -36,7 +36,7 @@ def run(program: Path, kernel: str, order: str = "forward") -> subprocess.Comple
 
 
 @pytest.mark.parametrize("order", ["forward", "reversed"])
-@pytest.mark.parametrize("kernel", ["block_sum", "warp_sum", "dynamic_sum"])
+@pytest.mark.parametrize("kernel", ["block_sum", "warp_sum", "dynamic_sum", "copied_sum"])
 def test_correct_kernels_run(program, sanitized, kernel, order):
     for build in (program, sanitized):
         done = run(build, kernel, order)
@@ -49,8 +49,9 @@ def test_missing_barrier_shows_in_one_order(program):
     assert results != {RIGHT}
 
 
-def test_unwritten_shared_memory_shows(program):
-    assert "nan" in run(program, "unwritten_shared").stdout
+@pytest.mark.parametrize("kernel", ["unwritten_shared", "unwaited_copy"])
+def test_unwritten_shared_memory_shows(program, kernel):
+    assert "nan" in run(program, kernel).stdout
 
 
 @pytest.mark.parametrize("order", ["forward", "reversed"])

@@ -43,6 +43,19 @@ __global__ void dynamic_sum(const float* in, float* out, int written) {
   out[blockIdx.x] = sum;
 }
 
+template <bool kWait>
+__global__ void copied_sum(const float* in, float* out) {
+  float* values = static_cast<float*>(emulator::dynamic_shared());
+  __pipeline_memcpy_async(values + threadIdx.x, in + blockIdx.x * kThreads + threadIdx.x, sizeof(float));
+  __pipeline_commit();
+  if (kWait) __pipeline_wait_prior(0);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float sum = 0;
+  for (int i = 0; i < kThreads; ++i) sum += values[i];
+  out[blockIdx.x] = sum;
+}
+
 __global__ void divergent_barrier(float* out) {
   if (threadIdx.x < 16) __syncthreads();
   out[0] = 1;
@@ -91,6 +104,8 @@ int main(int, char** arguments) {
     if (name == "missing_barrier") run(0, [&] { block_sum<false>(in.data(), out.data()); });
     if (name == "warp_sum") run(0, [&] { warp_sum(in.data(), out.data()); });
     if (name == "dynamic_sum") run(kThreads * 4, [&] { dynamic_sum(in.data(), out.data(), kThreads); });
+    if (name == "copied_sum") run(kThreads * 4, [&] { copied_sum<true>(in.data(), out.data()); });
+    if (name == "unwaited_copy") run(kThreads * 4, [&] { copied_sum<false>(in.data(), out.data()); });
     if (name == "unwritten_shared") run(kThreads * 4, [&] { dynamic_sum(in.data(), out.data(), kThreads - 1); });
     if (name == "past_dynamic_shared") run(kThreads * 4 - 4, [&] { dynamic_sum(in.data(), out.data(), kThreads); });
     if (name == "divergent_barrier") run(0, [&] { divergent_barrier(out.data()); });
