@@ -16,6 +16,7 @@ All decisions fall in `draw_parameters`, in integer and plain float32 arithmetic
 repeat to the bit; the images are then made by Pillow, which the other backends are compared with.
 """
 
+import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -172,7 +173,7 @@ def find_policy(name: str) -> Policy:
         raise UserError(f"policy {name} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise UserError(f"policy {name} must hold `field: value` lines")
-    base = fields.pop("base", "kekmodel")
+    base = str(fields.pop("base", "kekmodel"))
     known = Policy.__dataclass_fields__
     if base not in POLICIES or not fields.keys() <= known.keys():
         wrong = base if base not in POLICIES else next(f for f in fields if f not in known)
@@ -195,10 +196,12 @@ def find_policy(name: str) -> Policy:
 def _check_policy(p: Policy) -> None:
     """Raises ValueError for what cannot be applied."""
     for field in Policy.__dataclass_fields__.values():
-        value = getattr(p, field.name)
-        wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(field.type, object)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and field.type in ("int", "float")):
-            raise ValueError(f"{field.name} is {value!r}, not {field.type}")
+        value, kind = getattr(p, field.name), field.type
+        if kind not in (int, float, bool, str):  # looked at below
+            continue
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{field.name} is {value!r}, not {kind.__name__}")
     unknown = [op for op in (*p.ops, *p.ranges) if op not in OPS]
     limits = {
         f"unknown operation {unknown[:1]}: there are {', '.join(OPS)}": bool(unknown),
@@ -206,6 +209,7 @@ def _check_policy(p: Policy) -> None:
         f"ops may name 1 to {len(OPS)} operations, each once": not p.ops or len(set(p.ops)) < len(p.ops),
         f"levels may be 0 or 2 to {MAX_LEVELS}": p.levels != 0 and not 2 <= p.levels <= MAX_LEVELS,
         "probability may be 0 to 1": not 0 <= p.probability <= 1,
+        "ranges must be numbers": not all(math.isfinite(v) for bounds in p.ranges.values() for v in bounds),
         "padding may be reflect or zero": p.padding not in ("reflect", "zero"),
         "cutout_fill must be three levels of 0 to 255": len(p.cutout_fill) != 3
         or any(not isinstance(v, int) or not 0 <= v <= 255 for v in p.cutout_fill),

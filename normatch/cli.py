@@ -212,7 +212,9 @@ def _train(options) -> int:
     result = train(config)
     summary = result.summary
     flow = summary["test_accuracy_flow"]
-    print(f"test accuracy      {summary['test_accuracy']:.2f} %   (averaged weights, {config.num_labels} labels)")
+    print(
+        f"test accuracy      {summary['test_accuracy']:.2f} %   (averaged weights, {config.num_labels or 'all'} labels)"
+    )
     if flow is not None:
         print(f"  by the flow      {flow:.2f} %")
     print(f"best               {summary['best_test_accuracy']:.2f} %   at step {summary['best_step']}")

@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .augment import OPS, View, draw_parameters, find_policy
-from .data import Dataset, load_dataset
+from .data import DATASETS, Dataset, load_images
 from .errors import UserError
+from .folders import check, is_tables
 from .loader import BACKENDS, choose_backend
 
 _GAP = 6  # pixels
@@ -32,22 +33,25 @@ def data_arguments(parser) -> None:
 def data_command(options) -> int:
     """Print what there is, check a folder's files, and write the picture. Returns the exit status."""
     name, place = options.dataset, options.data_dir
-    if Path(name).is_dir() or name.lower().endswith((".csv", ".parquet")):  # `normatch data photos/`
-        name, place = ("folder" if Path(name).is_dir() else "csv"), name
+    if name not in DATASETS:  # `normatch data photos`
+        if Path(name).is_dir():
+            name, place = ("csv" if is_tables(Path(name)) else "folder"), name
+        elif name.lower().endswith((".csv", ".parquet")):
+            name, place = "csv", name
     policy = find_policy(options.augment)
     backend, reason = choose_backend(options.augment_backend, "cpu")
     if name in ("folder", "csv"):
-        from .folders import check
-
         lines, _ = check(Path(place or "data"), table=name == "csv")
         print("\n".join(lines))
-    dataset = load_dataset(name, place, options.download, options.image_size, in_memory=False)
+    dataset = load_images(name, place, options.download, options.image_size, in_memory=False)
     if name not in ("folder", "csv"):
         print("\n".join(describe(dataset)))
     print(f"{'mean':10} {', '.join(f'{m:.4f}' for m in dataset.mean)}")
     print(f"{'std':10} {', '.join(f'{s:.4f}' for s in dataset.std)}")
     print(f"{'views':10} {options.augment} by {backend} ({reason})")
-    title = f"{Path(place).name if name in ('folder', 'csv') and place else name}: {options.augment} by {backend}"
+    title = (
+        f"{Path(place).resolve().name if name in ('folder', 'csv') and place else name}: {options.augment} by {backend}"
+    )
     sheet = contact_sheet(dataset, policy, backend, options.rows, options.weak, options.strong, options.seed, title)
     try:
         sheet.save(options.out)

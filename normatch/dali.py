@@ -97,7 +97,7 @@ class Views:
         for i, k in zip(*np.nonzero(geometric), strict=True):
             matrix[i, k] = affine_matrix(OPS[op[i, k]], float(p.value[i, k]), self.height, self.width)
         op[geometric] = OPS.index("Rotate")  # which is done for all of them
-        images = [np.fromfile(p, np.uint8) for p in self.images.paths[rows]] if self.files else self.images[rows]
+        images = self.images.encoded(rows) if self.files else self.images[rows]
         bits = np.where(op == OPS.index("Posterize"), p.value, 8).astype(np.int64)
         per_op = []
         for k in range(op.shape[1]):

@@ -93,6 +93,13 @@ def load_dataset(
     raise UserError(f"unknown dataset {name!r}{nearest(name, DATASETS)}; data sets: {', '.join(DATASETS)}")
 
 
+def load_images(name: str, *arguments, **settings) -> Dataset:
+    """`load_dataset` for what is done with images alone. Raises UserError for a table."""
+    if name in TABLES:
+        raise UserError(f"{name} is a table: there are no views of its rows")
+    return load_dataset(name, *arguments, **settings)
+
+
 def _digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits: 1,297 to train, 500 to test, at 32x32.
 
@@ -344,21 +351,24 @@ def make_split(dataset: Dataset, num_labels: int, seed: int, num_val: int = 0) -
         if num_val:
             rest = labels.copy()
             rest[fold if num_labels else []] = -1
-            held = split_labels(rest, num_val, classes, seed).labeled
+            held = split_labels(rest, num_val, classes, seed, names=dataset.classes).labeled
             fold = np.setdiff1d(fold, held)
         split = Split(np.sort(fold), np.arange(len(labels), dtype=np.int64), np.sort(held))
     else:
-        split = split_labels(labels, num_labels, classes, seed, num_val)
+        split = split_labels(labels, num_labels, classes, seed, num_val, dataset.classes)
         if not num_val:
             split = replace(split, validation=np.sort(dataset.validation))
     return replace(split, unlabeled=np.setdiff1d(split.unlabeled, split.validation))
 
 
-def split_labels(labels, num_labels: int, num_classes: int, seed: int, num_val: int = 0) -> Split:
+def split_labels(
+    labels, num_labels: int, num_classes: int, seed: int, num_val: int = 0, names: list[str] | None = None
+) -> Split:
     """labels: (N,) int64, -1 unknown -> Split with num_labels / num_classes labelled images of each class.
 
     The unlabelled pool is all training images, the labelled ones included, as published. Validation images,
-    equally many of each class, are taken out of both. The labelled images are the same whatever num_val is.
+    equally many of each class, are taken out of both. The labelled images are the same whatever num_val is. `names`
+    are the classes', for the message where one has too few.
     """
     labels = np.asarray(labels)
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
@@ -374,8 +384,9 @@ def split_labels(labels, num_labels: int, num_classes: int, seed: int, num_val: 
     if num_labels + num_val > most:
         scarce = int(counts.argmin())
         asked = f"num_labels {num_labels}" + (f" and num_val {num_val}" if num_val else "")
+        name = names[scarce] if names else scarce
         raise UserError(
-            f"{asked} are more than there are: class {scarce} has {counts[scarce]} training images, "
+            f"{asked} are more than there are: class {name} has {counts[scarce]} training images, "
             f"which allows {most} in all"
         )
     order = sample_order(len(labels), seed, SPLIT, 0, len(labels))

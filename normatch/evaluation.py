@@ -15,11 +15,9 @@ from .config import Config
 from .data import load_dataset
 from .errors import UserError
 from .flow_training import FLOW_METHODS, make_objective
-from .folders import fit, read_image
+from .folders import IMAGE_SUFFIXES, fit, read_image
 from .methods import METHODS
 from .tables import Table
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 class Model(nn.Module):
@@ -185,7 +183,12 @@ def evaluate(
     model = load(checkpoint, device, dataset)
     config = model.config
     data = load_dataset(
-        dataset or config.dataset, data_dir or config.data_dir, config.download, model.image_size, config.compat
+        dataset or config.dataset,
+        data_dir or config.data_dir,
+        config.download,
+        model.image_size,
+        config.compat,
+        config.in_memory,
     )
     if not len(data.test_labels):
         raise UserError(f"{data.name} has no test images")

@@ -23,7 +23,10 @@ from .augment import MAX_SIDE
 from .data import Dataset
 from .errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+IMAGE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".tga",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
 MAX_PIXELS = 89_478_485  # Pillow's own limit, from which a small file is suspected to unpack to a huge image
 PARTS = ("train", "unlabeled", "val", "test")
 _THREADS = min(16, os.cpu_count() or 1)  # decoders do not hold Python's lock
@@ -132,13 +135,19 @@ class FileImages:
             except (ValueError, OSError) as error:
                 raise UserError(f"{paths[i]} cannot be read any more: {_reason(error)}") from None
 
-        with _no_bomb_warnings():
-            if torch.utils.data.get_worker_info() is None:
-                with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-                    list(pool.map(read, range(len(paths))))
-            else:  # there are other workers for the other cores
-                list(map(read, range(len(paths))))
+        if torch.utils.data.get_worker_info() is None:
+            with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+                list(pool.map(read, range(len(paths))))
+        else:  # there are other workers for the other cores
+            list(map(read, range(len(paths))))
         return images
+
+    def encoded(self, rows: np.ndarray) -> list[np.ndarray]:
+        """rows: (n,) -> n files as they are, (bytes,) uint8 each. Raises UserError for one that is not there."""
+        try:
+            return [np.fromfile(path, np.uint8) for path in self.paths[rows]]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read any more: {error.strerror}") from None
 
 
 # ---- What there is
@@ -160,7 +169,8 @@ def find_items(folder: Path) -> list[Item]:
         for place in sorted(p for p in (folder / part).glob("*") if p.is_dir() and not p.name.startswith(".")):
             found = _images_below(place)
             if not found:
-                raise UserError(f"class '{place.name}' has no image: {place} is empty")
+                known = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise UserError(f"class '{place.name}' has no image: {place} holds none of {known}")
             items += [Item(path, part, place.name, str(path)) for path in found]
     items += [Item(path, "unlabeled", None, str(path)) for path in _images_below(folder / "unlabeled")]
     return items
@@ -192,15 +202,21 @@ def find_rows(table: Path) -> list[Item]:
     without it all rows are of the part the file is named after, else train).
     """
     if table.is_dir():
-        tables = [
-            (part, p) for part in PARTS for p in (table / f"{part}.csv", table / f"{part}.parquet") if p.is_file()
-        ]
-        if "train" not in [part for part, _ in tables]:
+        if not is_tables(table):
             raise UserError(f"{table} holds neither train.csv nor train.parquet: name the table with --data_dir")
-        return [item for part, file in tables for item in _rows_of(file, part)]
+        return [item for part in PARTS for file in _tables(table, part) for item in _rows_of(file, part)]
     if not table.is_file():
         raise UserError(f"there is no table {table}")
     return _rows_of(table, "train")
+
+
+def is_tables(folder: Path) -> bool:
+    """Whether a folder holds tables, as `find_rows` reads them."""
+    return bool(_tables(folder, "train"))
+
+
+def _tables(folder: Path, part: str) -> list[Path]:
+    return [p for p in (folder / f"{part}.csv", folder / f"{part}.parquet") if p.is_file()]
 
 
 def _rows_of(table: Path, default_part: str) -> list[Item]:
@@ -228,7 +244,11 @@ def _rows_of(table: Path, default_part: str) -> list[Item]:
         part = _PART_NAMES.get(part.lower()) if part else default_part
         if part is None:
             raise UserError(f"{source}: split may be {', '.join(PARTS)}, not '{cell(row, 'part')}'")
-        label = None if label in ("", "-1", "-1.0") or part == "unlabeled" else label.removesuffix(".0")
+        if (
+            label.removesuffix(".0").removeprefix("-").isdecimal()
+        ):  # whole numbers that a spreadsheet or pandas made real
+            label = label.removesuffix(".0")
+        label = None if label in ("", "-1") or part == "unlabeled" else label
         if label is None and part in ("val", "test"):
             raise UserError(f"{source}: an image of {part} needs a label")
         items.append(Item(table.parent / path, "unlabeled" if label is None else part, label, source))
@@ -344,7 +364,14 @@ def read_all(
     An unreadable labelled image raises UserError. Without in_memory the images are read once, to know that they can
     be, and again when they are asked for.
     """
-    images = np.empty((len(items) if in_memory else 0, size, size, 3), np.uint8)
+    shape = (len(items) if in_memory else 0, size, size, 3)
+    try:
+        images = np.empty(shape, np.uint8)
+    except MemoryError:
+        raise UserError(
+            f"{len(items)} images of {size}x{size} take {np.prod(shape) / 2**30:.0f} GiB, more than there is: take a "
+            "smaller --image_size, or --in_memory false, which leaves them in their files"
+        ) from None
 
     def read(i: int) -> str | None:
         try:
@@ -371,14 +398,22 @@ def read_all(
             stacklevel=2,
         )
         keep = np.setdiff1d(np.arange(len(items)), bad)
-        images, items = images[keep] if in_memory else images, [items[i] for i in keep]
+        items = [items[i] for i in keep]
+        if in_memory:
+            for to, i in enumerate(keep):  # in place: a copy of a set that fills the memory would not fit beside it
+                images[to] = images[i]
+            images = images[: len(keep)]
     return images if in_memory else FileImages([item.path for item in items], size), items
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple, tuple]:
     """Mean and standard deviation of each channel, in [0, 1], of up to 5,000 images; no deviation is 0."""
-    some = images[:: max(1, len(images) // 5000)]
-    counts = np.stack([np.bincount(some[..., c].reshape(-1), minlength=256) for c in range(3)])  # exact, whatever N
+    rows = np.arange(0, len(images), -(-len(images) // 5000))
+    counts = np.zeros((3, 256), np.int64)  # exact, whatever N
+    pieces = np.array_split(rows, -(-len(rows) // 100))  # bincount needs 8 bytes a pixel
+    for piece in tqdm(pieces, "mean of the images", unit="", delay=3, leave=False, disable=None):
+        some = images[piece]
+        counts += np.stack([np.bincount(some[..., c].reshape(-1), minlength=256) for c in range(3)])
     levels = np.arange(256) / 255
     share = counts / counts.sum(1, keepdims=True)
     mean = share @ levels

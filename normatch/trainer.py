@@ -299,7 +299,7 @@ class Progress:
         self.config = config
         self.shown = config.progress and distributed.rank() == 0
         self.on_terminal = self.shown and sys.stderr.isatty()
-        name = f"{config.method} on {config.dataset}, {config.num_labels} labels"
+        name = f"{config.method} on {config.dataset}, {config.num_labels or 'all'} labels"
         self.bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", disable=not self.on_terminal)
         self.began, self.start = time.perf_counter(), start
         self.accuracy = ""

@@ -16,6 +16,7 @@ from normatch.augment import (
     apply_op,
     cutout_box,
     draw_parameters,
+    find_policy,
     normalize,
     op_values,
     philox,
@@ -23,6 +24,7 @@ from normatch.augment import (
     strong_views,
     weak_views,
 )
+from normatch.errors import UserError
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
 
@@ -396,6 +398,45 @@ def test_views_of_any_size(policy, size):
     assert out.shape == images.shape and out.dtype == np.uint8 and np.array_equal(images, before)
     one = Parameters(**{name: value[7:8] for name, value in vars(p).items()})
     assert np.array_equal(strong_views(images[7:8], one, policy)[0], out[7])
+
+
+def test_a_file_of_a_policy_changes_its_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: leedoyup\nnum_ops: 1\nops: [Rotate, Color]\nranges: {Rotate: [0, 15]}\nprobability: 1\n")
+    mine = find_policy(str(file))
+    assert (mine.num_ops, mine.ops, mine.probability, mine.padding) == (1, ("Rotate", "Color"), 1, "zero")
+    assert mine.ranges == {**LEE.ranges, "Rotate": (0, 15)} and LEE.ranges["Rotate"] == (-30, 30)
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    p = draw_parameters(mine, 0, 0, np.arange(40), View.UNLABELED_STRONG, 16, 16, strong=True)
+    assert set(p.op.ravel()) == {OPS.index("Rotate"), OPS.index("Color")}
+    assert p.value[p.op == OPS.index("Rotate")].min() >= 0
+    assert strong_views(images, p, mine).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_ops: 2.5", "num_ops is 2.5, not int"),
+        ("num_ops: true", "num_ops is True, not int"),
+        ("num_ops: 9", "num_ops may be 0 to 8"),
+        ("probability: often", "probability is 'often', not float"),
+        ("random_sign: 'no'", "random_sign is 'no', not bool"),
+        ("cutout_fill: 127", "cutout_fill|has no len"),
+        ("ops: [Rotate, Blur]", "unknown operation .'Blur'."),
+        ("ranges: {Rotate: [.nan, 3]}", "ranges must be numbers"),
+        ("ranges: {ShearX: [0, 3]}", "ShearX and ShearY may be -2 to 2"),
+        ("num_opps: 2", "there is no 'num_opps'; did you mean 'num_ops'"),
+        ("base: [kekmodel]", "there is no"),
+        ("- kekmodel", "must hold `field: value` lines"),
+        ("base: {", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_one_line(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        find_policy(str(file))
+    assert str(file) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_no_views_of_no_images():

@@ -87,9 +87,22 @@ def test_a_folder_is_checked_and_shown(tmp_path, capsys):
     assert "unreadable 2 files" in capsys.readouterr().out  # the check is printed first
 
 
+def test_data_sets_come_before_folders_of_their_name_and_folders_of_tables_are_seen(tmp_path, capsys, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "train.csv").write_text("path,label\n0.png,a\n1.png,b\n")
+    (tmp_path / "test.csv").write_text("path,label\n2.png,a\n3.png,b\n")
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("digits", 1297), (".", 2)):
+        assert run(name, "--augment_backend", "pil", "--rows", 1) == 0
+        assert f"{count} images of" in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(tmp_path):
     for arguments, message in (
         (("cifar11",), "did you mean 'cifar10'"),
+        (("iris",), "iris is a table"),
         (("digits", "--augment", "kekmodle"), "did you mean 'kekmodel'"),
         (("digits", "--augment_backend", "cv2"), "augment_backend may be"),
         (("digits", "--out", tmp_path / "no" / "v.png"), "cannot be written"),

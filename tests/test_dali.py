@@ -148,6 +148,9 @@ def test_batches_from_files_and_a_file_that_dali_cannot_decode(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "unlabeled" / "9.gif")
     with pytest.raises(UserError, match=r"DALI cannot decode .*9\.gif: take another augment_backend"):
         batches(0, 5)
+    files = FileImages([tmp_path / "unlabeled" / "8.png", tmp_path / "none.png"], 32)
+    with pytest.raises(UserError, match=r"none\.png cannot be read any more"):
+        list(Views(files, KEK, 0, 1, [np.array([[1, 1, 0, int(View.UNLABELED_WEAK)]])]))
 
 
 def test_without_dali_everything_else_works():

@@ -325,6 +325,11 @@ def test_impossible_splits_name_what_is_possible(settings, message):
         split_labels(labels, num_classes=10, seed=0, **settings)
 
 
+def test_a_class_with_too_few_images_is_called_by_its_name():
+    with pytest.raises(UserError, match="class b has 1 training images"):
+        make_split(data_with([0, 0, 0, 1]), 4, seed=0)
+
+
 def data_with(labels, **more):
     images = np.zeros((len(labels), 8, 8, 3), np.uint8)
     half = (0.5,) * 3

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from real_data import MNIST, ROOT
 
+from normatch import evaluate, folders, train
 from normatch.data import load_dataset, make_split
 from normatch.errors import UserError
 from normatch.folders import check, fit, read_image
@@ -173,6 +174,13 @@ def test_columns_go_by_many_names_and_labels_by_numbers(folder):
     data = load(folder, "csv")
     assert data.classes == ["9", "10"]  # in order of number
     assert data.train_labels.tolist() == [1] * 4 + [0] * 4 + [-1] and data.test_labels.tolist() == [1, 0]
+
+
+def test_whole_numbers_may_be_real_and_other_labels_stay_as_they_are(folder):
+    rows = [*(f"train/cat/{i}.png,1.0," for i in range(4)), *(f"train/dog/{i}.png,v2.0," for i in range(4)),
+            "unlabeled/part0/0.jpg,-1.0,", "test/cat/t.png,1,test"]  # fmt: skip
+    data = load(table(folder, rows), "csv")
+    assert data.classes == ["1", "v2.0"] and data.train_labels.tolist() == [0] * 4 + [1] * 4 + [-1]
 
 
 def test_parquet_needs_pyarrow_and_says_so(folder):
@@ -345,6 +353,21 @@ def test_a_file_that_vanishes_stops_the_run_with_its_name(folder, settings):
     one_line(raised)
 
 
+def test_a_run_is_evaluated_as_it_was_trained(folder, monkeypatch):
+    """A training set larger than memory must not be read into it to score the test set."""
+    import normatch.evaluation
+
+    given = []
+    monkeypatch.setattr(normatch.evaluation, "load_dataset", lambda *a: given.append(load_dataset(*a)) or given[-1])
+    arguments = {"dataset": "folder", "data_dir": str(folder), "num_labels": 8, "batch_size": 2, "uratio": 2,
+                 "steps": 1, "backbone": "wrn-10-1", "device": "cpu", "progress": False}  # fmt: skip
+    for in_memory in (True, False):
+        result = train(**arguments, in_memory=in_memory, out=str(folder / f"run{in_memory}"))
+        scores = evaluate(folder / f"run{in_memory}")
+        assert scores["test_accuracy"] == result.test_accuracy
+        assert isinstance(given[-1].train_images, np.ndarray) == in_memory
+
+
 def test_rows_of_files_are_rows_of_the_array(folder):
     files = load_dataset("folder", folder, in_memory=False).train_images
     images = load_dataset("folder", folder).train_images
@@ -368,6 +391,12 @@ def without(*parts):
             (folder / part).rmdir()
 
     return remove
+
+
+def test_a_set_larger_than_memory_says_how_to_go_on(folder, monkeypatch):
+    monkeypatch.setattr(folders.np, "empty", lambda *a: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(UserError, match=r"14 images of 12x12 take 0 GiB, .*--in_memory false"):
+        load(folder)
 
 
 LAYOUTS = {

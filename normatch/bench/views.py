@@ -16,7 +16,7 @@ import torch
 from .. import ops, reference
 from ..augment import View, find_policy
 from ..dali import Views
-from ..data import Dataset, load_dataset, make_split
+from ..data import Dataset, load_images, make_split
 from ..errors import UserError
 from ..loader import StepViews, choose_backend, make_batches
 
@@ -50,7 +50,7 @@ BATCH = 960
 
 def augment(options) -> int:
     """Microseconds a normalised float32 view of each kind, on one core and on all; checked against Pillow first."""
-    dataset = load_dataset(options.dataset, options.data_dir)
+    dataset = load_images(options.dataset, options.data_dir)
     policy, device = find_policy(options.augment), torch.device(options.device)
     backends = options.backend or ["native", "dali", "pil"]
     for backend in list(backends):
@@ -210,7 +210,7 @@ def views_of(images: np.ndarray, draws: np.ndarray, policy, seed: int, backend: 
 
 def loader(options) -> int:
     """Batches a second of `make_batches`, and the wait of a step that computes for `busy` milliseconds meanwhile."""
-    dataset, device = load_dataset(options.dataset, options.data_dir), torch.device(options.device)
+    dataset, device = load_images(options.dataset, options.data_dir), torch.device(options.device)
     classes = len(dataset.classes)
     split = make_split(dataset, 4 * classes, 0)
     steps = StepViews(dataset, split, options.augment, 0, options.batch_size, options.uratio)
