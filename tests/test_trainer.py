@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "save", save_on_a_full_disk)
     try:
-        with pytest.raises(UserError, match="could not be written.*File too large"):
+        with pytest.raises(UserError, match=r"could not be written.*File too large"):
             normatch.train(tiny(tmp_path / "run", steps=30))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
