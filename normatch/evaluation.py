@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch import nn
+from torch.nn import functional as F
 
 from . import distributed, published
 from .augment import normalize
@@ -206,7 +207,7 @@ def evaluate(
     right, of_class = confusion.diagonal().tolist(), confusion.sum(1).tolist()
     per_class = [100 * r / n if n else None for r, n in zip(right, of_class, strict=True)]
     seen = [score for score in per_class if score is not None]
-    scores = {"dataset": data.name, "images": len(data.test_labels), **_accuracies(counts, "test")}
+    scores = {"dataset": data.name, "images": len(data.test_labels), **_scores(counts, "test")}
     if len(model.classes) > 5:
         scores["test_top5"] = 100 * counts["top5"] / len(data.test_labels)
     return {
@@ -218,18 +219,18 @@ def evaluate(
 
 
 def accuracy(classifier, flows, images, labels, mean, std, prefix="test", batch_size=500) -> dict:
-    """images: (N, H, W, 3) uint8, labels: (N,) -> {`PREFIX_accuracy`, `PREFIX_accuracy_flow` if there is a flow}, %.
+    """images: (N, H, W, 3) uint8, labels: (N,) -> {`PREFIX_accuracy`, %; the flow's, if there is one; `PREFIX_loss`}.
 
     `classifier` and `flows` must be in evaluation mode.
     """
-    return _accuracies(count(classifier, flows, images, labels, mean, std, batch_size), prefix)
+    return _scores(count(classifier, flows, images, labels, mean, std, batch_size), prefix)
 
 
 @torch.inference_mode()
 def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
-    """images: (N, H, W, 3) uint8, labels: (N,) -> `confusion` (K, K), `confusion_flow` if there is a flow, `top5`.
+    """images: (N, H, W, 3) uint8, labels: (N,) -> `confusion` (K, K), the flow's if there is one, `top5`, `loss`.
 
-    Or rows of a table for images, (N, D).
+    `loss`: the mean cross-entropy of the linear classifier, nats. Or rows of a table for images, (N, D).
     A row of a confusion matrix is a true class, a column a predicted one. One pass; read back once, at its end.
     """
     weight = next(classifier.parameters())
@@ -237,6 +238,7 @@ def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
     images, labels = torch.from_numpy(images)[own], torch.from_numpy(labels)[own]
     matrices = None
     top5 = torch.zeros((), dtype=torch.long, device=weight.device)
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     for part, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         y = y.to(weight.device)
         features, logits = classifier(_normalized(part, mean, std, weight))
@@ -245,18 +247,21 @@ def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
             matrices = torch.zeros(2, k * k, dtype=torch.long, device=weight.device)
         matrices[0].index_add_(0, k * y + logits.argmax(1), torch.ones_like(y))
         top5 += (logits.topk(min(5, k)).indices == y[:, None]).sum()
+        loss += F.cross_entropy(logits, y, reduction="sum")
         if len(flows):
             choice = flows[0](features).class_log_prob.argmax(1)
             matrices[1].index_add_(0, k * y + choice, torch.ones_like(y))
     linear, flow = distributed.sum_(matrices).view(2, k, k).cpu()
     counts = {"confusion": linear, "top5": distributed.sum_(top5).item()}
+    counts["loss"] = distributed.sum_(loss).item() / max(1, linear.sum().item())
     return {**counts, "confusion_flow": flow} if len(flows) else counts
 
 
-def _accuracies(counts: dict, prefix: str) -> dict:
+def _scores(counts: dict, prefix: str) -> dict:
     names = {"confusion": f"{prefix}_accuracy", "confusion_flow": f"{prefix}_accuracy_flow"}
     found = {name: counts[key] for key, name in names.items() if key in counts}
-    return {name: 100 * matrix.trace().item() / matrix.sum().item() for name, matrix in found.items()}
+    scores = {name: 100 * matrix.trace().item() / matrix.sum().item() for name, matrix in found.items()}
+    return {**scores, f"{prefix}_loss": counts["loss"]}
 
 
 def find_images(paths) -> list[Path]:

@@ -40,6 +40,7 @@ PANELS = [
         "nats",
         log=True,
     ),
+    Panel("Loss of the averaged weights", {"test_loss": "test", "val_loss": "validation"}, "nats", log=True),
     Panel("Negative log-likelihood of features", {"loss_flow_unsup": "flow"}, "nats"),
     Panel(
         "Unlabelled images: share",

@@ -46,7 +46,10 @@ def test_counts_are_those_of_counting(k, batch_size):
     ranked = np.argsort(-logits, 1)[:, :5]
     assert counts["top5"] == (ranked == labels[:, None]).any(1).sum()
     scores = evaluation.accuracy(Says(k), (), images_that_say(logits), labels, (0.5,) * 3, (0.2,) * 3, "val")
-    assert scores == {"val_accuracy": pytest.approx(100 * (logits.argmax(1) == labels).mean())}
+    said = (torch.from_numpy(logits).double() / 255 - 0.5) / 0.2
+    loss = torch.nn.functional.cross_entropy(said, torch.from_numpy(labels)).item()
+    accuracy = 100 * (logits.argmax(1) == labels).mean()
+    assert scores == {"val_accuracy": pytest.approx(accuracy), "val_loss": pytest.approx(loss, rel=1e-5)}
 
 
 @pytest.fixture(scope="module")
