@@ -480,6 +480,7 @@ PRESETS = {
         "ssl_hd": 64,
         "batch_size": 50,
         "uratio": 2,
+        "cl_weight": 50.0,  # nats, beside likelihoods of hundreds: found sooner than by the density alone
         "clip": 100.0,
         "ema_decay": 0.99,
         "steps": 6000,
