@@ -260,7 +260,7 @@ def _read_csv(table: Path) -> tuple[list[str], list[list[str]]]:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} cannot be read as CSV: {error}") from None
+        raise UserError(f"{table} cannot be read as CSV in UTF-8: {error}") from None
     return (rows[0], rows[1:]) if rows else ([], [])
 
 

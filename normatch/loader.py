@@ -267,12 +267,18 @@ def _by_pillow(views, start, stop, device, dtype, workers):
 
 
 def _plain_errors(batches):
-    """A worker's UserError comes with its traceback: its last line is the message."""
+    """A worker's UserError comes with its traceback: its last line is the message. A worker that dies leaves none."""
     try:
         yield from batches
     except UserError as error:
         message = str(error).strip().splitlines()[-1]
         raise UserError(message.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            "a process that makes the views has died, perhaps for want of memory: take fewer --num_workers (0: none)"
+        ) from error
 
 
 def _shared(images: np.ndarray) -> Tensor:

@@ -353,6 +353,17 @@ def test_an_error_in_the_thread_reaches_the_loop(dataset, monkeypatch):
             next(batches)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only, and so know the patched views")
+def test_a_worker_that_dies_is_one_line(dataset, monkeypatch):
+    steps, honest = views(dataset), StepViews.__getitem__
+    monkeypatch.setattr(
+        StepViews, "__getitem__", lambda self, step: honest(self, step) if step < 2 else os.kill(os.getpid(), 9)
+    )
+    batches = make_batches(steps, 0, 8, "pil", num_workers=1)
+    with pytest.raises(UserError, match=r"a process that makes the views has died.*: take fewer --num_workers"):
+        list(batches)
+
+
 def test_the_choice_is_explained(monkeypatch):
     name, reason = choose_backend("auto", "cpu")
     if "cpu" in ops.kernels()["augment_views"]:
