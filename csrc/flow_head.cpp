@@ -23,8 +23,7 @@ namespace normatch {
 namespace {
 
 constexpr int64_t kTileRows = 32;
-constexpr int64_t kPad = 16;      // widths are filled up with zeros to whole vectors of any instruction set
-constexpr int64_t kStretch = 32;  // squares added up in one go in a distance
+constexpr int64_t kPad = 16;  // widths are filled up with zeros to whole vectors of any instruction set
 
 int64_t padded(int64_t width) {
   return (width + kPad - 1) / kPad * kPad;
@@ -49,6 +48,7 @@ class Scratch {
 struct Shape {
   int64_t features, hidden, classes, couplings;
   int64_t hidden_pad, classes_pad, half_pad[2], row;  // row: both halves of the state, filled up
+  int64_t stretch;  // squares added up in one go in a distance: D^(2/3) rounds as much within as between stretches
 
   Shape(int64_t features, int64_t hidden, int64_t classes, int64_t couplings)
       : features(features),
@@ -58,7 +58,8 @@ struct Shape {
         hidden_pad(padded(hidden)),
         classes_pad(padded(classes)),
         half_pad{padded(half_width(0, features)), padded(half_width(1, features))},
-        row(half_pad[0] + half_pad[1]) {}
+        row(half_pad[0] + half_pad[1]),
+        stretch(std::max<int64_t>(32, std::cbrt(double(features) * double(features)))) {}
   int64_t half(int which) const { return half_width(which, features); }
   int64_t offset(int which) const { return which ? half_pad[0] : 0; }  // of a half in the state's row
 };
@@ -403,9 +404,9 @@ NM_HD void distances(const Shape& shape, const Acc* z, const Acc* means, Acc* ou
     const Acc* const points = z + shape.offset(half);
     const Acc* const mu = means + half_begin(half, shape.features) * shape.classes_pad;
     const int64_t width = shape.half(half);
-    for (int64_t begin = 0; begin < width; begin += kStretch) {
+    for (int64_t begin = 0; begin < width; begin += shape.stretch) {
       V sums[R][C] = {};
-      for (int64_t d = begin; d < std::min(begin + kStretch, width); ++d) {
+      for (int64_t d = begin; d < std::min(begin + shape.stretch, width); ++d) {
         V row[C];
         for (int c = 0; c < C; ++c) row[c] = load<V>(mu + d * shape.classes_pad + c * kLanes<V>);
         for (int r = 0; r < R; ++r)
