@@ -74,6 +74,7 @@ class Policy:
     cutout_downwards: bool  # the centre is drawn from (1, W], down from W; otherwise from [0, W)
     cutout_fill: tuple[int, int, int]
     ops: tuple[str, ...] = OPS
+    flip: bool = True  # whether views may be mirrored, where the images allow it
 
 
 POLICIES = {
@@ -330,7 +331,7 @@ def encode_policy(policy: Policy, height: int, width: int, flip: bool) -> tuple[
         policy.ops_first,
         policy.cutout_pixels,
         policy.cutout_downwards,
-        flip,
+        flip and policy.flip,
         *policy.cutout_fill,
         *(OPS.index(op) for op in policy.ops),
     ]
@@ -360,7 +361,7 @@ def draw_parameters(
     The words of a view, by position, where below(w, n) = (w * n) >> 32, unit(w) = (w >> 8) * 2^-24 and
     coin(w) = w >> 31. Float32 throughout, each operation rounded on its own (no fused multiply-add):
 
-        0           flip      coin (and `flip`: off for images that mean something else when mirrored)
+        0           flip      coin (and `flip`: off for images that mean something else when mirrored; and the policy's)
         1, 2        row, col  below(2 * pad + 1), pad = size // 8
         3           -
         4           cutout    side = (unit * cutout_fraction) * width, where it is not fixed
@@ -401,7 +402,7 @@ def draw_parameters(
             centre.append(size + _unit(word) * (1 - size) if policy.cutout_downwards else _unit(word) * size)
         box = cutout_box(*centre, side, height, width)
     return Parameters(
-        flip=_coin(words[:, 0]) & flip,
+        flip=_coin(words[:, 0]) & (flip and policy.flip),
         row=_below(words[:, 1], 2 * (height // 8) + 1),
         col=_below(words[:, 2], 2 * (width // 8) + 1),
         op=op,

@@ -402,14 +402,16 @@ def test_views_of_any_size(policy, size):
 
 def test_a_file_of_a_policy_changes_its_base(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("base: leedoyup\nnum_ops: 1\nops: [Rotate, Color]\nranges: {Rotate: [0, 15]}\nprobability: 1\n")
+    file.write_text(
+        "base: leedoyup\nnum_ops: 1\nops: [Rotate, Color]\nranges: {Rotate: [0, 15]}\nprobability: 1\nflip: false\n"
+    )
     mine = find_policy(str(file))
     assert (mine.num_ops, mine.ops, mine.probability, mine.padding) == (1, ("Rotate", "Color"), 1, "zero")
     assert mine.ranges == {**LEE.ranges, "Rotate": (0, 15)} and LEE.ranges["Rotate"] == (-30, 30)
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     p = draw_parameters(mine, 0, 0, np.arange(40), View.UNLABELED_STRONG, 16, 16, strong=True)
     assert set(p.op.ravel()) == {OPS.index("Rotate"), OPS.index("Color")}
-    assert p.value[p.op == OPS.index("Rotate")].min() >= 0
+    assert p.value[p.op == OPS.index("Rotate")].min() >= 0 and not p.flip.any()
     assert strong_views(images, p, mine).shape == images.shape
 
 
