@@ -487,7 +487,7 @@ PRESETS = {
         "eval_every": 1000,
     },
     "scnf-moons": {**_SCNF_TOY, "dataset": "moons", "num_labels": 10, "batch_size": 10},
-    "scnf-circles": {**_SCNF_TOY, "dataset": "circles", "num_labels": 11, "batch_size": 11},
+    "scnf-circles": {**_SCNF_TOY, "dataset": "circles", "num_labels": 11, "batch_size": 11, "steps": 6000},
     "scnf-gmm-moons": {
         **_SCNF_TOY,
         "dataset": "moons",
