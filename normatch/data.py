@@ -90,6 +90,9 @@ def load_dataset(
         return _miniimagenet(folder, image_size or 84, compat == "reference", in_memory)
     if name == "imagenet":
         raise UserError("dataset 'imagenet' is not there yet; class folders of it can be read as --dataset folder")
+    if name and Path(name).exists():
+        kind = "folder" if Path(name).is_dir() else "csv"
+        raise UserError(f"unknown dataset {name!r}: your own images are --dataset {kind} --data_dir {name}")
     raise UserError(f"unknown dataset {name!r}{nearest(name, DATASETS)}; data sets: {', '.join(DATASETS)}")
 
 

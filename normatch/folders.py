@@ -156,7 +156,7 @@ class FileImages:
 def find_items(folder: Path) -> list[Item]:
     """The image files of a folder in the layout that `normatch.data` describes."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
+        raise UserError(f"there is no folder {folder}: name yours with --data_dir")
     if not (folder / "train").is_dir():
         below = sorted(p.name for p in folder.iterdir() if p.is_dir())
         seen = f" (it holds {', '.join(below[:5])}{', ...' if len(below) > 5 else ''})" if below else " (it is empty)"
@@ -206,7 +206,7 @@ def find_rows(table: Path) -> list[Item]:
             raise UserError(f"{table} holds neither train.csv nor train.parquet: name the table with --data_dir")
         return [item for part in PARTS for file in _tables(table, part) for item in _rows_of(file, part)]
     if not table.is_file():
-        raise UserError(f"there is no table {table}")
+        raise UserError(f"there is no table {table}: name it with --data_dir")
     return _rows_of(table, "train")
 
 

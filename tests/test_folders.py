@@ -420,8 +420,10 @@ def test_folders_that_cannot_be_trained_on(folder, case):
 
 
 def test_no_folder_at_all(tmp_path):
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match=r"there is no folder .*none: name yours with --data_dir"):
         load(tmp_path / "none")
+    with pytest.raises(UserError, match="your own images are --dataset folder --data_dir"):
+        load_dataset(str(tmp_path))
     with pytest.raises(UserError, match="image_size may be 1 to 2048, not 0"):
         load(tmp_path, image_size=0)
 
