@@ -114,7 +114,7 @@ inline dim3 grid_of(int64_t blocks) {
 
 // out[column] = the sum of partial[chunk][column] over the chunks.
 template <typename Acc>
-__global__ void sum_chunks_kernel(const Acc* partial, int64_t chunks, int64_t width, Acc* out) {
+__global__ void __launch_bounds__(1024) sum_chunks_kernel(const Acc* partial, int64_t chunks, int64_t width, Acc* out) {
   NM_DYNAMIC_SHARED(double, sums);  // [threadIdx.y][threadIdx.x]
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   double sum = 0;

@@ -28,7 +28,7 @@ constexpr int kWarps = kThreads / kLanesOfWarp;
 constexpr int kGroup = 8;  // lanes that share a sum
 constexpr int kGroups = kThreads / kGroup;
 constexpr int kClassTile = 32;     // classes whose gradients are in shared memory at a time
-constexpr int kMaxCouplings = 64;  // whose addresses fit the 4 KB of a kernel's arguments
+constexpr int kMaxCouplings = 64;  // whose addresses make up most of a kernel's arguments
 constexpr int kMaxClasses = 2048;  // whose terms fit shared memory
 constexpr int kMaxChunks = 132;
 
@@ -746,9 +746,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           [&](int r, int d, bool live, Acc s_raw, Acc t) {
             const int i = r * at.row + block.place(1 - kept) + d;
             const auto scale = affine_scale(s_raw, gain[d]);
-            const Acc factor = Math<Acc>::exp(scale.s), grad_y = grad[i];
+            const Acc factor = Math<Acc>::exp(scale.s);
+            // What does not count may be written by another group meanwhile.
+            const Acc grad_y = live ? grad[i] : Acc(0), y = live ? rounded[i] : Acc(0);
             const auto found =
-                affine_gradients(grad_y * factor, grad_y * rounded[i] + row_terms[r].logdet, scale.tanh_s, gain[d]);
+                affine_gradients(grad_y * factor, grad_y * y + row_terms[r].logdet, scale.tanh_s, gain[d]);
             // From the lanes that answer for different rows.
             Acc of_gain = found.gain;
             for (int offset = kGroup / 2; offset >= kGroup / kRows; offset /= 2)

@@ -45,8 +45,9 @@ struct Posterior {
 
   __device__ void add(Acc value, int k) { add({value, Acc(1), k}); }
   __device__ void add(const Posterior& other) {
-    if (other.top > top || (other.top == top && other.label < label)) label = other.label;
-    const Acc higher = other.top > top ? other.top : top;
+    const bool above = !(other.top <= top) && top == top;  // a NaN stays on top
+    if (above || (other.top == top && other.label < label)) label = other.label;
+    const Acc higher = above ? other.top : top;
     if (higher == -INFINITY) return;
     sum = sum * Math<Acc>::exp(top - higher) + other.sum * Math<Acc>::exp(other.top - higher);
     top = higher;
@@ -448,8 +449,9 @@ __global__ void gmm_points_kernel(Rows<const acc_t<T>> grad, Rows<const T> z, Ro
 // Adds up the chunks. All blocks but the last: dmu, an element for each threadIdx.x. The last one: drho and dlogits, a
 // warp a class.
 template <typename Acc>
-__global__ void gmm_parameters_kernel(Partial<Acc> partial, int64_t chunks, int64_t column_tiles, Mixture<Acc> mixture,
-                                      int64_t width, Acc* grad_means, Acc* grad_rho, Acc* grad_logits) {
+__global__ void __launch_bounds__(512)
+    gmm_parameters_kernel(Partial<Acc> partial, int64_t chunks, int64_t column_tiles, Mixture<Acc> mixture,
+                          int64_t width, Acc* grad_means, Acc* grad_rho, Acc* grad_logits) {
   NM_DYNAMIC_SHARED(double, sums);
   const int classes = mixture.classes;
   if (blockIdx.x + 1 < gridDim.x) {
@@ -530,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
                width, out);
       }
     }
-    const dim3 block(kLanesOfWarp, chunks > 64 ? 32 : 8);
+    const dim3 block(kLanesOfWarp, chunks > 64 ? 16 : 8);
     const int64_t slots = std::max<int64_t>(classes, block.x * block.y);
     launch(gmm_parameters_kernel<Acc>, grid_of((classes * width + kLanesOfWarp - 1) / kLanesOfWarp + 1), block,
            slots * sizeof(double), z, partial, chunks, column_tiles, mixture, width, grad_means.mutable_data_ptr<Acc>(),

@@ -2,9 +2,9 @@
 
 Each op is a kernel in `csrc/<op>.cpp` (and `.cu`), registered with PyTorch as `normatch::<op>`, with its fake kernel
 and its gradient here beside the public function. The public functions check their arguments, so that an error names
-the argument before any kernel runs; all of them are differentiable once, trace under `torch.compile(fullgraph=True)`,
-and write to none of their arguments. Where no kernel is built (no extension, another device), `normatch.reference`
-does the same in plain PyTorch.
+the argument before any kernel runs; all of them are differentiable once (by autograd; forward mode and the transforms
+of `torch.func` need `normatch.reference`), trace under `torch.compile(fullgraph=True)`, and write to none of their
+arguments. Where no kernel is built (no extension, another device), `normatch.reference` does the same in plain PyTorch.
 
 float32, bfloat16, float16 and float64 (which is there for gradient checks). Sums are made in float32, and
 log-determinants and log-likelihoods are returned in it, in nats; for float64 all in float64.
@@ -15,10 +15,12 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from normatch import reference
 from normatch.augment import MAX_SIDE, Policy, encode_policy, normalization
@@ -195,7 +197,8 @@ def _check_points(op: str, z: Tensor) -> None:
 
 def _check_no_nan(op: str, name: str, value: Tensor) -> None:
     """value: (K,). Where looking costs nothing: not on a GPU, which would have to be waited for, nor while tracing."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and any(map(math.isnan, value.tolist())):
+    seen = value.device.type == "cpu" and type(value) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    if seen and any(map(math.isnan, value.tolist())):
         raise ValueError(f"{op}: {name} has values that are NaN")
 
 
@@ -683,7 +686,7 @@ def flow_head(
         seed, dropout = None, 0.0
     sizes = x.shape[1], couplings[0][1].shape[0], x.device, means.shape[0], len(couplings)
     if flow_head_path(*sizes) == "composed":
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return reference.compose_flow_head(
                 affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout, seed
             )
@@ -705,10 +708,14 @@ def _check_flow_head(x, couplings, means, rho, logits, eps, dropout, seed) -> No
     features = x.shape[1]
     if features < 2:
         raise ValueError(f"{op}: x must have at least two features, one for each half, not shape {tuple(x.shape)}")
+    if not hasattr(couplings, "__len__"):
+        raise TypeError(f"{op}: couplings must be a list of couplings, not {type(couplings).__name__}")
     if not len(couplings):
         raise ValueError(f"{op}: couplings must hold at least one coupling")
     device, hidden = x.device, None
     for j, coupling in enumerate(couplings):
+        if not hasattr(coupling, "__len__"):
+            raise TypeError(f"{op}: couplings[{j}] must be a list of tensors, not {type(coupling).__name__}")
         if len(coupling) != len(_COUPLING_NAMES):
             raise ValueError(f"{op}: couplings[{j}] must be {', '.join(_COUPLING_NAMES)}, not {len(coupling)} tensors")
         for name, value in zip(_COUPLING_NAMES, coupling, strict=True):

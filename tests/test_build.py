@@ -108,7 +108,7 @@ def test_narrower_instruction_sets_are_as_good(capability, name):
     )
     if found.stdout.strip() != name:
         pytest.skip(f"this machine has no {name}")
-    stems = ("affine_coupling", "coupling2d", "logdet", "gmm_log_prob", "augment_views")
+    stems = ("affine_coupling", "coupling2d", "logdet", "gmm_log_prob", "flow_head", "augment_views")
     files = [str(TESTS / f"test_{stem}.py") for stem in stems]
     chosen = "(accura and dense) or (accura and part1-form) or (views_of_any_size and size2)"
     done = subprocess.run(

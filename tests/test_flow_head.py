@@ -12,6 +12,7 @@ from accuracy import (
     run,
     with_kernels,
 )
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normatch import FlowHead, ops, reference
@@ -412,6 +413,16 @@ def test_composed_path_is_as_accurate_as_plain_pytorch():
         )
 
 
+def test_shapes_without_values():
+    """On the meta device, and under FakeTensorMode, where no value can be looked at."""
+    size = (20, 16, 3, 8, 2)
+    meta = [value.to("meta") for value in inputs(*size)]
+    expected = [value.shape for value in taking_a_list(ops.flow_head)(*meta)]
+    assert expected == [(20, 16), (20,), (20, 3), (20,)]
+    with FakeTensorMode():
+        assert [value.shape for value in taking_a_list(ops.flow_head)(*inputs(*size))] == expected
+
+
 @with_kernels
 def test_second_derivatives_raise():
     args = [value.requires_grad_() for value in inputs(3, 4, 2, 3, 1)]
@@ -430,6 +441,8 @@ def test_second_derivatives_raise():
         ({"x": torch.zeros(3, 1)}, ValueError, "x must have at least two features"),
         ({"x": torch.zeros(3, 5)}, ValueError, r"weight2 of couplings\[0\] must have shape \(6, 3\)"),
         ({"couplings": []}, ValueError, "couplings must hold at least one"),
+        ({"couplings": 3}, TypeError, "couplings must be a list of couplings, not int"),
+        ({"couplings": [3]}, TypeError, r"couplings\[0\] must be a list of tensors, not int"),
         ({"couplings": [[torch.zeros(2)]]}, ValueError, r"couplings\[0\] must be weight0, .*gain, not 1 tensors"),
         ({"means": torch.zeros(2, 5)}, ValueError, r"means must have shape \(2, 4\)"),
         ({"means": torch.zeros(0, 4)}, ValueError, "means must have at least one class"),

@@ -65,6 +65,21 @@ def test_posterior_agrees_with_itself():
     torch.testing.assert_close(even.confidence, torch.full((200,), 0.2))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("classes", [5, 40])
+def test_nan_has_no_confidence(classes, device):
+    """Neither a point that is NaN nor a class, be it the first that is looked at or the last."""
+    z, means, rho, logits = inputs(40, classes, 9, device=device)
+    z[3, 2] = float("nan")
+    found = ops.gmm_posterior(z, means, rho, logits)
+    expected = reference.gmm_posterior(z, means, rho, logits)
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+    for k in (0, classes - 1):
+        found = ops.gmm_posterior(z, means.index_fill(0, torch.tensor(k, device=device), float("nan")), rho, logits)
+        assert found.log_prob.isnan().all() and found.confidence.isnan().all()
+
+
 def test_each_output_of_the_posterior_alone_has_gradients():
     args = [value.requires_grad_() for value in inputs(7, 5, 3)]
     for index in (0, 1, 3):
@@ -74,9 +89,10 @@ def test_each_output_of_the_posterior_alone_has_gradients():
             torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_many_rows_keep_the_accuracy_of_the_parameters_gradients():
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_rows_keep_the_accuracy_of_the_parameters_gradients(device):
     def draw():
-        return inputs(20000, 3, 5), [torch.rand(20000, 3)]
+        return inputs(20000, 3, 5, device=device), [torch.rand(20000, 3, device=device)]
 
     check_accuracy(ops.gmm_log_prob, reference.gmm_log_prob, draw, NAMES)
 
