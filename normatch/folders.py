@@ -431,9 +431,9 @@ def check(place: Path, table: bool = False) -> tuple[list[str], int]:
 
     def look(item: Item):
         try:
-            size, mode = read_header(item.path)
             read_image(item.path)
-            return size, mode, None
+            with Image.open(item.path) as image:  # as it is in the file
+                return image.size, image.mode, None
         except (ValueError, OSError) as error:
             return None, None, f"{item.path}: {_reason(error)}"
 
@@ -471,15 +471,3 @@ def check(place: Path, table: bool = False) -> tuple[list[str], int]:
     except UserError as error:
         lines.append(f"{'problem':10} {error}")
     return lines, len(problems)
-
-
-def read_header(path: Path) -> tuple[tuple[int, int], str]:
-    if not path.is_file():
-        raise ValueError("there is no such file")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    try:
-        with Image.open(path) as image:
-            return image.size, image.mode
-    except Exception as error:
-        raise ValueError(_reason(error)) from None
