@@ -19,8 +19,7 @@
 
 namespace normatch {
 
-// ---- vectors
-// -----------------------------------------------------------------------------------------------------
+// ---- vectors ------------------------------------------------------------------------------------------------------
 
 template <int L>
 struct VectorTypes {
@@ -295,8 +294,7 @@ NM_HD double blocked_sum(int64_t width, const F& f) {
   return total;
 }
 
-// ---- instruction sets
-// --------------------------------------------------------------------------------------------
+// ---- instruction sets ---------------------------------------------------------------------------------------------
 
 enum class Capability { kBaseline, kAvx2, kAvx512 };
 Capability cpu_capability();  // the best this machine has; PyTorch's ATEN_CPU_CAPABILITY lowers it
@@ -338,8 +336,7 @@ void vectorised(const F& f) {
   }
 }
 
-// ---- tensors and threads
-// -----------------------------------------------------------------------------------------
+// ---- tensors and threads ------------------------------------------------------------------------------------------
 
 // Whether rows that a kernel writes should be streamed: too many for any cache, and aligned for every vector.
 template <typename T>

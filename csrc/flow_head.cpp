@@ -164,8 +164,7 @@ struct Mixture {
   }
 };
 
-// ---- products
-// --------------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------------------------
 
 template <typename V, int R, int C, typename Acc, typename F>
 NM_HD void multiply_block(int64_t first, int64_t column, int64_t depth, const Acc* a, int64_t a_row, int64_t a_depth,
@@ -218,8 +217,7 @@ NM_HD void sum_rows(int64_t columns, Acc* sums, const F& f) {
   }
 }
 
-// ---- one tile of rows
-// ------------------------------------------------------------------------------------------
+// ---- one tile of rows ---------------------------------------------------------------------------------------------
 
 // Activations of a coupling for one tile.
 template <typename Acc>
@@ -393,8 +391,7 @@ NM_HD double logsumexp(const Acc* values, int64_t width, Acc* top) {
   return double(*top) + std::log(exact_sum(sum));
 }
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------------------------
 
 // |z_r - mu_k|^2 for R rows and C vectors of classes. means: [D, in the state's order without its gaps][classes]
 template <typename V, int R, int C, typename Acc>
@@ -501,8 +498,7 @@ void forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& par
   });
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------------------------
 
 // With w = dlog_prob_k / sigma_k^2 (weights, [classes][rows]):  dz_r -= sum_k w (z - mu_k),  dmu_k += sum_r w (z -
 // mu_k). means, grad_means: [row / kPad][classes][kPad]
@@ -799,8 +795,7 @@ FlowHeadGradients backward(const Shape& shape, const std::optional<Tensor>& grad
   return {grad_x, std::move(gradients.tensors), gradients.grad_means, grad_rho, grad_logits};
 }
 
-// ---- the ops
-// ---------------------------------------------------------------------------------------------------
+// ---- the ops ------------------------------------------------------------------------------------------------------
 
 Shape shape_of(const Tensor& x, const std::vector<Tensor>& couplings, const Tensor& means) {
   return Shape(x.size(1), couplings[kBias0].size(0), means.size(0), int64_t(couplings.size()) / kCouplingTensors);

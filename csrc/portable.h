@@ -115,13 +115,11 @@ struct alignas(16) Pack {
 
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #define NM_DEVICE_KEY CUDA
 #define NM_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char nm_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(nm_dynamic_shared)
-
-// Lives in libtorch_cuda. Weak, so that a library built with CUDA also loads under a PyTorch without it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 #endif
 
@@ -147,6 +145,22 @@ inline int64_t shared_memory_limit(const torch::stable::Tensor& like) {
 #endif
 }
 
+#ifndef NM_EMULATE
+// The stream that PyTorch is at work on. libtorch_cuda knows it, which this library is not linked to, so that one built
+// with CUDA also loads under a PyTorch without it; nor is it among the libraries whose symbols all others see.
+inline cudaStream_t current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t device, void** stream);
+  static const Function function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(function != nullptr, "this PyTorch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
 // Runs kernel(args...) on the current stream of the device that `like` lives on.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_shared, const torch::stable::Tensor& like,
@@ -157,15 +171,13 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_sha
 #else
   const int32_t device = like.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch has no CUDA");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaStream_t stream = current_stream(device);
   cudaError_t status = cudaSuccess;
   if (dynamic_shared > 48 * 1024)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_shared));
   if (status == cudaSuccess) {
     // clang-format off: it takes >>> apart
-    kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+    kernel<<<grid, block, dynamic_shared, stream>>>(static_cast<Params>(args)...);
     // clang-format on
     status = cudaGetLastError();
   }

@@ -1,11 +1,13 @@
 """What is built, what `normatch info` says of it, and what happens where it is not."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accuracy import with_kernels
 
 from normatch import ops
@@ -96,6 +98,13 @@ def test_build_info():
     assert bool(build["cuda"]) == bool(build["cuda_architectures"])
     assert ("cuda" in ops.kernels()["logdet"]) == (bool(build["cuda"]) and not build["emulated"])
     assert all("cpu" in devices for devices in ops.kernels().values())
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA")
+def test_pytorch_names_its_stream_where_the_kernels_look():
+    """csrc/portable.h: a library that is loaded already, by this name, with this function. Needs no GPU."""
+    library = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    assert library.aoti_torch_get_current_cuda_stream
 
 
 @pytest.mark.skipif(ops.backend()[0] != "compiled", reason="tests the instruction sets of the CPU kernels")
