@@ -207,9 +207,12 @@ def _verify(options) -> int:
 
 def _train(options) -> int:
     config = _config(options)
+    from . import distributed
     from .trainer import train  # torch is loaded only once the configuration is known to be right
 
     result = train(config)
+    if distributed.rank():  # of several processes the first one reports
+        return 0
     summary = result.summary
     flow = summary["test_accuracy_flow"]
     print(
@@ -229,6 +232,8 @@ def _eval(options) -> int:
     from .evaluation import evaluate
 
     scores = evaluate(options.checkpoint, options.data_dir, distributed.start(options.device), options.dataset)
+    if distributed.rank():
+        return 0
     if options.json:
         print(json.dumps(scores))
         return 0

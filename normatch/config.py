@@ -151,7 +151,9 @@ class Config(BaseModel):
     sync_bn: bool = key(False, "several processes: BatchNorm over the images of all of them")
     channels_last: bool = key(True, "memory format of images and weights")
     compile: bool | Literal["reduce-overhead"] = key(
-        False, "torch.compile the whole step, a minute or two before the first; reduce-overhead: with CUDA graphs"
+        False,
+        "torch.compile the whole step, a minute or two before the first; reduce-overhead: with CUDA graphs, where one "
+        "process takes a batch at once",
     )
     profile: bool = key(False, "leave trace.json, a Chrome trace of five steps, in the run folder")
     compat: Literal["none", "reference"] = key("none", "reference: do what the published code does where it differs")

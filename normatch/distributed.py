@@ -72,6 +72,14 @@ def average_(gradients: list[torch.Tensor], parts: int = 1):
     torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
+def share_buffers(module: nn.Module):
+    """Give all processes the first one's floating-point buffers: the statistics of a BatchNorm that is not synced."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
+
+
 def gather(value) -> list:
     """Each process's value, anything that pickles, in the order of their ranks."""
     if not dist.is_initialized():
@@ -87,12 +95,19 @@ def barrier():
 
 
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
-    """The module with every BatchNorm2d taking its statistics over the images of all processes."""
+    """The module with every BatchNorm2d taking its statistics over the images of all processes.
+
+    Raises `UserError` for one of a kind of its own, as timm's networks have.
+    """
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             synced = SyncedBatchNorm2d(child.num_features, child.eps, child.momentum)
             synced.load_state_dict(child.state_dict())
             setattr(module, name, synced.to(child.weight))
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"sync_bn is for BatchNorm2d alone, and the backbone has {type(child).__name__}: leave it out"
+            )
         else:
             synchronize_batch_norm(child)
     return module

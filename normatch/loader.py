@@ -340,7 +340,10 @@ def _rows(draws: StepDraws, x: Tensor, prepare: Callable, start: int, stop: int,
     for first in range(start, stop, _AHEAD):
         count = min(_AHEAD, stop - first)
         ahead = np.concatenate([draws.draw_ahead(stream, first, count)[0] for stream in streams], axis=1)
-        for rows in torch.from_numpy(ahead).to(device):
+        counters = torch.from_numpy(ahead)
+        if device.type == "cuda":
+            counters = counters.pin_memory().to(device, non_blocking=True)
+        for rows in counters:
             y = labels[rows]
             yield {"images": prepare(x[rows]), "y": y[:b], "u_y": y[b:], "u_index": rows[b:]}
 
@@ -376,14 +379,14 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
                 index = draws[:, 0].clone()
                 draws[: b + u, 0] = torch.arange(b + u)
                 draws[b + u :, 0] = torch.arange(b, b + u)  # strong views are of the weak views' images
-                filled.put((buffer, draws.pin_memory() if cuda else draws, index))
+                filled.put((buffer, *(t.pin_memory() if cuda else t for t in (draws, index))))
             filled.put(None)
         except BaseException as error:  # raised where the batch is asked for
             filled.put(error)
 
     thread = threading.Thread(target=fill, name="normatch-images", daemon=True)
     thread.start()
-    labels = torch.from_numpy(dataset.train_labels)
+    labels = torch.from_numpy(dataset.train_labels).to(device)
     side = torch.cuda.Stream(device) if cuda else None
     try:
         while (item := filled.get()) is not None:
@@ -404,11 +407,12 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
                 dtype, dataset.flip,
             )  # fmt: skip
             free.put((buffer, copied))
+            index = index.to(device, non_blocking=True)
             yield {
                 "images": images,
-                "y": labels[index[:b]].to(device),
-                "u_y": labels[index[b : b + u]].to(device),
-                "u_index": index[b : b + u].to(device),
+                "y": labels[index[:b]],
+                "u_y": labels[index[b : b + u]],
+                "u_index": index[b : b + u],
             }
     finally:
         done.set()

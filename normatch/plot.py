@@ -216,7 +216,7 @@ def draw(runs: list[RunCurves]):
                     mean, std = panel.scale * mean, panel.scale * std
                     axes.plot(steps, mean, style, color=colour, linewidth=1.4)
                     if len(curves) > 1:
-                        below = np.maximum(mean - std, 1e-9) if panel.log else mean - std
+                        below = np.maximum(mean - std, 1e-9) if panel.log and (mean >= 0).all() else mean - std
                         axes.fill_between(steps, below, mean + std, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
@@ -226,7 +226,7 @@ def draw(runs: list[RunCurves]):
         axes.spines[["top", "right"]].set_visible(False)
         # The limits follow the lines: a band may reach below zero, which a logarithm cannot show, nor a share be.
         values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
-        if panel.log and (values > 0).any():
+        if panel.log and (values >= 0).all() and (values > 0).any():  # the losses of a density may be negative
             axes.set_yscale("log")
             axes.set_ylim(bottom=max(values[values > 0].min(), 1e-4 * values.max()) / 1.5)
         elif (values >= 0).all():

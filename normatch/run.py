@@ -16,8 +16,8 @@ from . import __version__, distributed, ops
 from .config import Config
 from .errors import UserError
 
-# What may differ between a checkpoint and the run that goes on from it: nothing here changes the weights, but for
-# the few pixels in which dali differs from the other backends.
+# What may differ between a checkpoint and the run that goes on from it: nothing here changes what is computed, but
+# device and compile change how it is rounded, and dali differs from the other backends in a few pixels.
 FREE_KEYS = {
     "data_dir", "download", "device", "in_memory", "num_workers", "augment_backend", "compile", "log_every",
     "eval_every", "out", "resume", "overwrite", "progress", "profile", "keep",
@@ -33,6 +33,7 @@ class Run:
     def __init__(self, config: Config):
         self.folder, self.keep = config.folder, config.keep
         self.source = None  # the checkpoints' folder of another run that this one goes on from
+        self.damaged = []  # checkpoints of this run that cannot be read
         self.writes = distributed.rank() == 0
         self.tensorboard = None
 
@@ -77,19 +78,20 @@ class Run:
 
     def _newest_checkpoint(self) -> dict | None:
         """The last checkpoint, or where that is damaged the one before, saying so; None where there is none."""
-        damaged = None
+        first = None
         for path in (self.last, *self.earlier):
             if path.exists():
                 try:
                     state = load_checkpoint(path)
                 except UserError as error:
-                    damaged = damaged or error
+                    first = first or error
+                    self.damaged.append(path)
                     continue
-                if damaged:
-                    print(f"normatch: {damaged}; going on from {path}, step {state['step']}", file=sys.stderr)
+                if first:
+                    print(f"normatch: {first}; going on from {path}, step {state['step']}", file=sys.stderr)
                 return state
-        if damaged:
-            raise damaged
+        if first:
+            raise first
         return None
 
     def save(self, state: dict, improved: bool):
@@ -119,6 +121,8 @@ class Run:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             for unfinished in self.last.parent.glob("*.new"):  # left by a process that was killed while writing
                 unfinished.unlink()
+            for path in self.damaged:  # else `save` would put it in the place of the one that this run goes on from
+                path.unlink(missing_ok=True)
             if self.source and (self.source / "best.pt").is_file():
                 shutil.copyfile(self.source / "best.pt", self.best)
         except OSError as error:

@@ -161,9 +161,11 @@ class TrainStep:
         if mode:
             torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad ends the graph
             alone = distributed.ranks() == 1  # an exchange inside (alignment, BatchNorm) ends a graph
-            self.gradients = torch.compile(self.gradients, mode=mode, fullgraph=alone)
+            # A CUDA graph returns memory that the next call of any writes to, so gradients cannot be added up there.
+            parts = "default" if state.one_graph else mode
+            self.gradients = torch.compile(self.gradients, mode=parts, fullgraph=alone)
             if state.one_graph:
-                self.update = torch.compile(self.update, mode=mode, fullgraph=True)
+                self.update = torch.compile(self.update, mode=parts, fullgraph=True)
                 self.whole = torch.compile(self.whole, mode=mode, fullgraph=True)
 
     def _whole(self, batch):

@@ -79,7 +79,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     if rank == 0:
         print(f"augmentation: {batches.backend} ({batches.reason})", file=sys.stderr)
     report = Progress(config, start)
-    clock = Clock(state.seconds)
+    clock = Clock(state.seconds, device)
     state.objective.train()
     stop = StopRequest()
     trace = Trace(run.folder / "trace.json", device) if config.profile and rank == 0 else None
@@ -109,6 +109,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                 report.advance(state.step)
 
             if evaluating:
+                distributed.share_buffers(state.ema.module)  # judged is what the checkpoint holds
                 scores = state.evaluate(last)
                 run.log(state.step, "eval", scores)
                 chosen = scores["val_accuracy" if held_out else "test_accuracy"]
@@ -185,6 +186,8 @@ def make_state(config: Config, device: torch.device, backbone: nn.Module | None 
     if config.method in FLOW_METHODS:
         if config.accumulate > 1:
             raise UserError(f"method {config.method} takes a step's images at once: --accumulate 1")
+        if config.sync_bn:
+            raise UserError(f"method {config.method} has no BatchNorm over several processes: leave --sync_bn out")
         return FlowState(config, device)
     return ClassifierState(config, device, backbone)
 
@@ -258,12 +261,16 @@ class Trace:
 class Clock:
     """Times each step and the wait for its data, in seconds."""
 
-    def __init__(self, before: float):
+    def __init__(self, before: float, device: torch.device):
         self.began = time.perf_counter() - before
         self.steps, self.waits = [], []
         self.read_until = 0
+        self.on_gpu = device.type == "cuda"
+        self.marks = []  # on a GPU, which works on when the host has long gone on: the start of a window, ends of steps
 
     def start_step(self):
+        if self.on_gpu and not self.marks:
+            self._mark()
         self.tick = time.perf_counter()
 
     def data_arrived(self):
@@ -271,9 +278,20 @@ class Clock:
 
     def step_done(self):
         self.steps.append(time.perf_counter() - self.tick)
+        if self.on_gpu:
+            self._mark()
+
+    def _mark(self):
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
 
     def read(self, images_per_step: int) -> dict[str, float]:
-        """Speed since the last call."""
+        """Speed since the last call. Waits for the device."""
+        if self.marks:
+            self.marks[-1].synchronize()
+            pairs = zip(self.marks, self.marks[1:], strict=False)
+            self.steps[self.read_until :] = [start.elapsed_time(end) / 1000 for start, end in pairs]
+            self.marks = []
         steps, waits = self.steps[self.read_until :], self.waits[self.read_until :]
         self.read_until = len(self.steps)
         return {

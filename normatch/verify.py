@@ -27,6 +27,8 @@ def verify_resume(config: Config, kills: int = 20) -> dict:
         raise UserError(f"kills {kills}: at least one is needed to certify anything")
     if folder.exists() and not config.overwrite:
         raise UserError(f"{folder} exists: replace it with --overwrite, or give another --out")
+    if folder.exists() and not (folder / "whole" / "config.yaml").is_file():
+        raise UserError(f"{folder} holds no runs of verify-resume, and --overwrite replaces nothing else")
     shutil.rmtree(folder, ignore_errors=True)
     whole = config.model_copy(update={"out": str(folder / "whole"), "overwrite": False, "progress": False})
     killed = whole.model_copy(update={"out": str(folder / "killed"), "resume": "auto"})

@@ -9,7 +9,11 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
+from normatch.distributed import synchronize_batch_norm
+from normatch.errors import UserError
+from normatch.evaluation import evaluate
 from normatch.run import load_checkpoint
 
 KEYS = ["--backbone", "wrn-10-1", "--batch_size", "8", "--uratio", "2", "--steps", "50", "--eval_every", "25"]
@@ -55,6 +59,19 @@ def test_processes_that_share_a_batch_train_like_one(alone, tmp_path, ranks):
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (alone, out)]
     assert summaries[0]["test_accuracy"] == summaries[1]["test_accuracy"]
     assert len(many["rng"]) == ranks and (out / "summary.json").exists()
+
+
+def test_what_is_judged_is_what_the_checkpoint_holds(tmp_path):
+    """With BatchNorm statistics of each process's own, of which the checkpoint has the first one's."""
+    out = tmp_path / "run"
+    finished(torchrun(2, out, "--sync_bn", "false", "--bn_momentum", "0.5", "--steps", "3", "--eval_every", "3"))
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate(out)["test_loss"] == pytest.approx(last["test_loss"], rel=1e-5)
+
+
+def test_a_batch_norm_that_cannot_be_synced_is_refused():
+    with pytest.raises(UserError, match="BatchNorm1d"):
+        synchronize_batch_norm(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm1d(2)))
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes_on_fewer(tmp_path):

@@ -108,6 +108,14 @@ def test_a_long_run_is_averaged_down():
     assert thin.tolist() == [1, 4, 6]
 
 
+def test_a_loss_below_zero_is_seen(tmp_path):
+    folder = write_run(tmp_path / "a")
+    lines = [{"step": step, "kind": "train", "loss": loss} for step, loss in ((1, 2.0), (2, -3.0))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    losses = drawn(folder)[0]["Losses"]
+    assert losses.get_yscale() == "linear" and losses.get_ylim()[0] < -3
+
+
 def test_an_unfinished_run_is_drawn(tmp_path):
     folder = write_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:

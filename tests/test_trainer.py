@@ -166,6 +166,26 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, monkey
     assert "last.pt" in message and "previous.pt" in message and "step 10" in message
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run", resume="auto")
+    state = {"normatch": "", "config": config.model_dump(), "model": {}, "ema": {}}
+    run = Run(config)
+    run.open(config, torch.device("cpu"), 0)
+    for step in (10, 20):
+        run.save({**state, "step": step}, improved=True)
+    run.close()
+    run.last.write_bytes(b"")
+
+    run = Run(config)
+    assert run.checkpoint_to_resume(config)["step"] == 10
+    run.open(config, torch.device("cpu"), 10)
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"x") / 0)
+    with pytest.raises(ZeroDivisionError):  # as if the process had died there
+        run.save({**state, "step": 20}, improved=False)
+    run.close()
+    assert Run(config).checkpoint_to_resume(config)["step"] == 10
+
+
 def test_an_unfinished_file_of_a_killed_process_is_cleared(tmp_path, monkeypatch):
     crash_after(monkeypatch, 10)
     with pytest.raises(Crash):

@@ -40,3 +40,6 @@ def test_an_existing_folder_is_kept(config, tmp_path):
     (tmp_path / "verify").mkdir()
     with pytest.raises(UserError, match="--overwrite"):
         verify.verify_resume(config, kills=1)
+    with pytest.raises(UserError, match="replaces nothing else"):
+        verify.verify_resume(config.model_copy(update={"overwrite": True}), kills=1)
+    assert (tmp_path / "verify").is_dir()

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import distributed
 from ..classifier import ClassifierState
 from ..config import Config, make_config
 from ..errors import UserError
@@ -46,9 +47,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> int:
     """Prints both tables; writes step.json where asked to."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no device 'cuda' here")
+    device = distributed.start(options.device or "auto")
     if options.rounds < 1:
         raise UserError(f"rounds must be at least 1, not {options.rounds}")
     batch_size = options.batch_size or (64 if device.type == "cuda" else 8)
