@@ -60,7 +60,7 @@ class Run:
             raise UserError(f"{self.folder} is not a run folder, and --overwrite replaces nothing else")
         state, own = None, config.resume == "auto"
         if own:  # there is none where the run was stopped before its first, or never begun
-            state = self._newest_checkpoint()
+            state = self._newest_checkpoint(config.steps)
         elif config.resume:
             state = load_checkpoint(config.resume)
             given = Path(config.resume).resolve()
@@ -76,9 +76,13 @@ class Run:
             )
         return state
 
-    def _newest_checkpoint(self) -> dict | None:
-        """The last checkpoint, or where that is damaged the one before, saying so; None where there is none."""
-        first = None
+    def _newest_checkpoint(self, steps: int) -> dict | None:
+        """The last checkpoint, or where that is damaged the one before, saying so; None where there is none.
+
+        Also the one before where that is of the last of `steps`, but the run was killed before it wrote its summary:
+        the same bits come out again.
+        """
+        first = ended = None
         for path in (self.last, *self.earlier):
             if path.exists():
                 try:
@@ -87,12 +91,15 @@ class Run:
                     first = first or error
                     self.damaged.append(path)
                     continue
+                if state["step"] >= steps and not (self.folder / "summary.json").exists():
+                    ended = ended or state
+                    continue
                 if first:
                     print(f"normatch: {first}; going on from {path}, step {state['step']}", file=sys.stderr)
                 return state
-        if first:
+        if first and not ended:
             raise first
-        return None
+        return ended
 
     def save(self, state: dict, improved: bool):
         """Write the last checkpoint, keep those before it, and where it `improved` write the best one too."""

@@ -135,6 +135,11 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
         if isinstance(error, UserError) or state.finite():
             raise
         raise not_finite(state.step, run) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory was full after step {state.step}, checkpoints are intact: take a smaller --batch_size "
+            "or --uratio, or a larger --accumulate"
+        ) from error
     except OSError as error:
         raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
     finally:
@@ -254,8 +259,9 @@ class Trace:
                 self.profiler.stop()
 
     def close(self):
-        if self.left:  # the run was shorter
+        if self.left:
             self.profiler.stop()
+            print(f"normatch: no trace.json, which takes {self.SKIPPED + self.STEPS} steps", file=sys.stderr)
 
 
 class Clock:

@@ -65,6 +65,8 @@ def verify_resume(config: Config, kills: int = 20) -> dict:
         process.join()
         resumed_from.append(_newest_step(Path(killed.out)))
         print(f"kill {kill + 1} of {kills}: the checkpoint at hand is of step {resumed_from[-1]}", flush=True)
+        if (Path(killed.out) / "summary.json").exists():  # it had only to leave
+            break
     if not resumed_from:
         raise UserError("the run ended before it could be killed: give it more --steps")
     if not (Path(killed.out) / "summary.json").exists():

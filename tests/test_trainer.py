@@ -96,7 +96,7 @@ def crash_after(monkeypatch, step):
     [
         {"third_voter": "sampled"},  # draws from the generator in every step, as does dropout
         {"compat": "reference", "warmup_flow": 1024, "steps": 20},  # its prior's gradients are never cleared
-        {"method": "fixmatch", "num_workers": 1, "steps": 20},
+        {"method": "fixmatch", "accumulate": 2, "precision": "bf16", "num_workers": 1, "steps": 20},
     ],
     ids=["normatch", "reference", "fixmatch"],
 )
@@ -167,7 +167,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, monkey
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monkeypatch):
-    config = tiny(tmp_path / "run", resume="auto")
+    config = tiny(tmp_path / "run", steps=30, resume="auto")
     state = {"normatch": "", "config": config.model_dump(), "model": {}, "ema": {}}
     run = Run(config)
     run.open(config, torch.device("cpu"), 0)
@@ -184,6 +184,28 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
         run.save({**state, "step": 20}, improved=False)
     run.close()
     assert Run(config).checkpoint_to_resume(config)["step"] == 10
+
+
+def test_a_run_killed_before_its_summary_repeats_its_last_stretch(tmp_path):
+    config = tiny(tmp_path / "run", steps=20, resume="auto")
+    run = Run(config)
+    run.open(config, torch.device("cpu"), 0)
+    for step in (10, 20):
+        state = {"normatch": "", "config": config.model_dump(), "model": {}, "ema": {}, "step": step}
+        run.save(state, improved=False)
+    assert Run(config).checkpoint_to_resume(config)["step"] == 10
+    run.write_summary({})
+    run.close()
+    assert Run(config).checkpoint_to_resume(config)["step"] == 20
+
+
+def test_a_full_gpu_is_one_line(tmp_path, monkeypatch):
+    def take(step, batches):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(TrainStep, "__call__", take)
+    with pytest.raises(UserError, match="memory was full after step 0"):
+        normatch.train(tiny(tmp_path / "run"))
 
 
 def test_an_unfinished_file_of_a_killed_process_is_cleared(tmp_path, monkeypatch):
