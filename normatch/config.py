@@ -146,7 +146,9 @@ class Config(BaseModel):
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key(
-        "auto", "auto: bf16 autocast on CUDA and on CPUs with bf16 instructions, else fp32; fp64: no rounding noise"
+        "auto",
+        "auto: bf16 autocast on CUDA and on CPUs with bf16 instructions, else, and for flowgmm and scnf, fp32; "
+        "fp64: no rounding noise",
     )
     sync_bn: bool = key(False, "several processes: BatchNorm over the images of all of them")
     channels_last: bool = key(True, "memory format of images and weights")

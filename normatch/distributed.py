@@ -63,7 +63,8 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
 def average_(gradients: list[torch.Tensor], parts: int = 1):
     """Divide gradients, each the sum over `parts` batches, by them, and take the mean over the processes at once."""
     if not dist.is_initialized():
-        torch._foreach_div_(gradients, parts)
+        if parts > 1:
+            torch._foreach_div_(gradients, parts)
         return
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)

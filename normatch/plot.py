@@ -73,7 +73,9 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 POINTS = 400  # a longer curve is averaged down to as many
 
 # What differs between runs of the same experiment.
-NOT_THE_EXPERIMENT = {"seed", "out", "resume", "overwrite", "progress", "data_dir", "download", "num_workers"}
+NOT_THE_EXPERIMENT = {
+    "seed", "out", "resume", "overwrite", "progress", "data_dir", "download", "num_workers", "keep", "profile",
+}  # fmt: skip
 
 
 @dataclass
