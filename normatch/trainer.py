@@ -140,6 +140,11 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
             f"the GPU's memory was full after step {state.step}, checkpoints are intact: take a smaller --batch_size "
             "or --uratio, or a larger --accumulate"
         ) from error
+    except RuntimeError as error:
+        if not config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"torch.compile fails here: leave --compile out; {reason}") from error
     except OSError as error:
         raise UserError(f"the run stopped at step {state.step}, its checkpoints are intact: {error}") from error
     finally:

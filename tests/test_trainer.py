@@ -199,13 +199,20 @@ def test_a_run_killed_before_its_summary_repeats_its_last_stretch(tmp_path):
     assert Run(config).checkpoint_to_resume(config)["step"] == 20
 
 
-def test_a_full_gpu_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "keys", "message"),
+    [
+        (torch.OutOfMemoryError, {}, "memory was full after step 0"),
+        (torch._dynamo.exc.TorchDynamoException, {"compile": True}, "leave --compile out; no C compiler"),
+    ],
+)
+def test_what_fails_in_a_step_is_one_line(tmp_path, monkeypatch, error, keys, message):
     def take(step, batches):
-        raise torch.OutOfMemoryError("tried to allocate")
+        raise error("no C\ncompiler")
 
     monkeypatch.setattr(TrainStep, "__call__", take)
-    with pytest.raises(UserError, match="memory was full after step 0"):
-        normatch.train(tiny(tmp_path / "run"))
+    with pytest.raises(UserError, match=message):
+        normatch.train(tiny(tmp_path / "run", **keys))
 
 
 def test_an_unfinished_file_of_a_killed_process_is_cleared(tmp_path, monkeypatch):
