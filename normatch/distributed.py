@@ -5,6 +5,7 @@ global batch process r of n works on images r, r + n, ...; gradients, alignment 
 that all processes hold the same weights at every step.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -37,7 +38,14 @@ def start(name: str) -> torch.device:
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        atexit.register(_leave)
     return device
+
+
+def _leave():
+    """Leave the others: a thread of theirs that is still alive when the interpreter ends would abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

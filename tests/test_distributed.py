@@ -30,7 +30,7 @@ def torchrun(ranks, out, *keys):
 
 def finished(process):
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-2000:]
+    assert process.returncode == 0, output[:2000] + output[-2000:]  # torchrun's own words come last
 
 
 def losses(out):
