@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from .config import PRESETS, make_config
+from .config import FLOWS, PRESETS, make_config
 from .data import Split, load_dataset, make_split
 from .errors import UserError, nearest
 from .optim import SCHEDULES
@@ -138,41 +139,74 @@ def baseline_accuracies(dataset, split: Split, seed: int):
         yield name, 100 * float((predicted == dataset.test_labels).mean()), time.perf_counter() - began
 
 
-def compare(preset: str, seeds=(0, 1, 2), out: str | Path | None = None, runs: str | Path | None = None, **keys) -> str:
-    """The flow of a preset (or of a data set's first one) and all baselines, on the same labels: a Markdown table.
+def compare(
+    *presets: str, seeds=(0, 1, 2), out: str | Path | None = None, runs: str | Path | None = None, **keys
+) -> str:
+    """The flows of presets (or of a data set's first one) and all baselines, on the same labels: a Markdown table.
 
-    out: where to leave the records as JSON, and beside it the table.   runs: where to keep the flows' runs.
-    keys: of the configuration.
+    out: where to leave the records as JSON, and beside it the table.   runs: where to keep the flows' runs; a run that
+    is there is not repeated, and one that was stopped goes on.   keys: of the configuration.
+
+    Raises UserError where there is no such preset, and where two have other data or another number of labels.
     """
-    if preset not in PRESETS:
-        found = [name for name, values in PRESETS.items() if values["dataset"] == preset and "flow" in values["method"]]
-        if not found:
-            raise UserError(f"there is no preset or data set {preset!r} for a flow{nearest(preset, PRESETS)}")
-        preset = found[0]
-    from .trainer import train
-
+    presets = [_flow_preset(name) for name in presets]
+    configs = [make_config(preset, **keys) for preset in presets]
+    first = configs[0]
+    for preset, config in zip(presets, configs, strict=True):
+        if (config.dataset, config.num_labels) != (first.dataset, first.num_labels):
+            raise UserError(
+                f"{preset} is {config.dataset} with {config.num_labels} labels and {presets[0]} {first.dataset} with "
+                f"{first.num_labels}: only what learns from the same labels can be compared"
+            )
+    # Images for the baselines as they are: a smaller size is the flow's affair.
+    dataset = load_dataset(first.dataset, first.data_dir, first.download)
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            config = make_config(
-                preset, **{**keys, "seed": seed, "out": str(Path(runs or folder) / f"{preset}-{seed}")}
-            )
-            # Images for the baselines as they are: a smaller size is the flow's affair.
-            dataset = load_dataset(config.dataset, config.data_dir, config.download)
-            split = make_split(dataset, config.num_labels, seed)
+            split = make_split(dataset, first.num_labels, seed)
             for name, accuracy, seconds in baseline_accuracies(dataset, split, seed):
                 records.append({"method": name, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
                 print(f"seed {seed}: {name} {accuracy:.2f} % ({seconds:.0f} s)", file=sys.stderr)
-            summary = train(config).summary
-            accuracy, seconds = summary["test_accuracy"], summary["seconds_total"]
-            records.append({"method": config.method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
-    table = comparison_table(records, f"{config.dataset}, {config.num_labels} labels")
+            for preset in presets:
+                out_of_run = str(Path(runs or folder) / f"{preset}-{seed}")
+                config = make_config(preset, **{**keys, "seed": seed, "out": out_of_run, "resume": "auto"})
+                summary = _summary(config)
+                accuracy, seconds = summary["test_accuracy"], summary["seconds_total"]
+                records.append({"method": config.method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
+    table = comparison_table(records, f"{first.dataset}, {first.num_labels} labels")
     if out:
         out = Path(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
         out.with_suffix(".md").write_text(table)
     return table
+
+
+def _flow_preset(name: str) -> str:
+    """A preset that trains a flow end to end, or the first of a data set, a reduced one where there is any."""
+    flows = {preset: values for preset, values in PRESETS.items() if values.get("method") in FLOWS}
+    if name in flows:
+        return name
+    found = [preset for preset, values in flows.items() if values["dataset"] == name]
+    if not found:
+        known = nearest(name, [*flows, *(values["dataset"] for values in flows.values())])
+        raise UserError(f"there is no preset or data set {name!r} for a flow{known}")
+    return next((preset for preset in found if preset.endswith("-small")), found[0])
+
+
+def _summary(config) -> dict:
+    """Of the run that `config` describes: what a finished one left, else trains it. Raises UserError for another's."""
+    from .trainer import train
+
+    path = config.folder / "summary.json"
+    if not path.exists():
+        return train(config).summary
+    kept = yaml.safe_load((config.folder / "config.yaml").read_text())
+    own = {"out", "resume", "progress", "overwrite", "data_dir"}
+    other = [name for name, value in config.model_dump().items() if name not in own and kept.get(name) != value]
+    if other:
+        raise UserError(f"{config.folder} holds a run with another {other[0]}: remove it, or keep the runs elsewhere")
+    return json.loads(path.read_text())
 
 
 def comparison_table(records: list[dict], title: str) -> str:

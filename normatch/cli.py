@@ -113,12 +113,17 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         contact_sheet.data_arguments(data)
         data.set_defaults(run=contact_sheet.data_command)
 
-    compare = commands.add_parser("compare", help="a flow and the classical baselines on the same labels, in one table")
-    compare.add_argument("preset", metavar="PRESET_OR_DATASET", help="such as flowgmm-ag-news, wine, moons")
+    compare = commands.add_parser("compare", help="flows and the classical baselines on the same labels, in one table")
+    compare.add_argument(
+        "presets", nargs="+", metavar="PRESET_OR_DATASET", help="such as flowgmm-ag-news, wine, moons; several of one"
+    )
     compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     compare.add_argument("--data_dir", help="folder that holds the data set")
     compare.add_argument("--num_labels", type=int, help="labelled rows (default: the preset's)")
     compare.add_argument("--out", metavar="FILE", help="leave the table in FILE.md and the records in FILE.json")
+    compare.add_argument(
+        "--runs", metavar="FOLDER", help="keep the flows' runs there: what is finished is not repeated"
+    )
     compare.set_defaults(run=_compare)
 
     embed = commands.add_parser("embed", help="embed texts by a sentence-transformers model on disk, for flows")
@@ -268,7 +273,7 @@ def _compare(options) -> int:
 
     keys = {name: getattr(options, name) for name in ("data_dir", "num_labels")}
     given = {name: value for name, value in keys.items() if value is not None}
-    print(compare(options.preset, options.seeds, options.out, **given), end="")
+    print(compare(*options.presets, seeds=options.seeds, out=options.out, runs=options.runs, **given), end="")
     return 0
 
 

@@ -88,9 +88,9 @@ class Config(BaseModel):
     clip: Weight = key(50.0, "largest gradient norm of the flow; 0: no clipping")
 
     flow: Literal[
-        "tabular", "realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "realnvp-mnist", "glow", "glow-mnist",
+        "tabular", "toy", "realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "realnvp-mnist", "glow", "glow-mnist",
         "mnist-masked",
-    ] = key("tabular", "flowgmm, scnf: the flow; all but tabular are of images")  # fmt: skip
+    ] = key("tabular", "flowgmm, scnf: the flow; all but tabular and toy are of images")  # fmt: skip
     flow_scales: Positive = key(2, "flowgmm: scales of the image flows realnvp* and glow")
     flow_width: Positive = key(64, "flowgmm: channels of an image flow's networks, at its first scale")
     flow_blocks: NonNegative = key(8, "flowgmm: residual blocks of an image flow's networks")
@@ -111,9 +111,9 @@ class Config(BaseModel):
         "joint", "flowgmm: -log p(x, y) of labelled samples, or -log p(y | x) with -log p(x)"
     )
     label_weight: Weight = key(1.0, "flowgmm: weight of the labelled loss; scnf: of a labelled sample")
-    consistency_weight: Weight = key(0.0, "flowgmm: weight of the consistency between two views")
-    consistency_rampup: NonNegative = key(0, "flowgmm: steps over which the consistency rises to its weight")
-    noise: Weight = key(0.0, "flowgmm: standard deviation of the noise on rows in training")
+    consistency_weight: Weight = key(0.0, "flowgmm, scnf: weight of the consistency between two views")
+    consistency_rampup: NonNegative = key(0, "flowgmm, scnf: steps over which the consistency rises to its weight")
+    noise: Weight = key(0.0, "flowgmm, scnf: standard deviation of the noise on rows in training")
     optimizer: Literal["adam", "adamw", "adamax", "sgd"] = key("adam", "flowgmm: optimiser, with learning rate lr")
     schedule: Literal["constant", "steps", "cosine", "wilson", "linear"] = key(
         "constant", "flowgmm: course of the learning rate; steps: a tenth at 50 % and again at 80 % of them"
@@ -273,6 +273,7 @@ _SCNF = {
 _SCNF_MNIST = {**_SCNF, "dataset": "mnist", "num_labels": 100, "flow": "mnist-masked"}
 _SCNF_TOY = {
     **_SCNF,
+    "flow": "toy",
     "couplings": 5,
     "hidden": 64,
     "ssl_l": 1,
@@ -563,13 +564,18 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **key
         preset = _preset_of(given.get("dataset", "digits"), given.get("method"))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
-    try:
-        config = Config(**{**PRESETS[preset], **given})
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    config = checked({**PRESETS[preset], **given})
     if config.out == "" or config.resume == "":
         raise UserError("--out and --resume need a folder's name, not an empty one")
     return config
+
+
+def checked(keys: dict) -> Config:
+    """The configuration of these keys. Raises `UserError` for values of the wrong type or out of their range."""
+    try:
+        return Config(**keys)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
 
 
 def _preset_of(dataset: str, method: str | None) -> str:
@@ -633,7 +639,7 @@ def _from_scnf(content: dict) -> dict:
     keys["uratio"] = max(1, round(1 / share))
     keys["batch_size"] = max(1, batch // (1 + keys["uratio"]))
     keys["schedule"] = {"no": "constant"}.get(schedule, "linear")
-    keys["flow"] = {"toy": "tabular"}.get(keys.pop("model", "mnist-masked"), "mnist-masked")
+    keys["flow"] = keys.pop("model", "mnist-masked")
     return {"method": "scnf", **keys}
 
 

@@ -8,7 +8,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
-from .config import Config
+from .config import checked
 from .data import Split
 from .flow_training import FlowState
 from .state import TrainStep
@@ -32,8 +32,9 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
     random_state: seeds weights, batches and noise.   device: where to train.   verbose: show a progress bar.
 
     Fitted: `classes_` (K,), `n_features_in_`, `model_`, the averaged flow with its mixture, `loss_`, the last mean
-    loss in nats. Raises ValueError for fewer than two features or rows, for NaN, for a constant column, and where no
-    row has a label. -1 is therefore no label of a class.
+    loss in nats. Raises ValueError for fewer than two features or rows, for NaN, for a constant column, where no row
+    has a label, and for parameters that cannot be. -1 is therefore no label of a class; among names it is the number
+    -1 in an array of objects.
     """
 
     def __init__(
@@ -62,15 +63,22 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
 
     def fit(self, X, y):
         """X: (n, D), y: (n,) -> self."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         X, y = validate_data(self, X, y, dtype=np.float32, ensure_min_samples=2, ensure_min_features=2)
-        check_classification_targets(y)
-        known = y != -1 if y.dtype.kind in "iuf" else np.array([label != -1 for label in y], bool)
-        self.classes_ = np.unique(y[known])
-        if not len(self.classes_):
+        known = np.array([label != -1 for label in y], bool)
+        if not known.any():
             raise ValueError("no row has a label: all of y is -1")
+        named = y[known] if y.dtype.kind != "O" else np.array(y[known].tolist())
+        check_classification_targets(named)
+        if named.dtype.kind in "US" and "-1" in named:
+            raise ValueError(
+                "y holds the text '-1': for rows without a label it takes the number, in an array of objects"
+            )
+        self.classes_ = np.unique(named)
         check_features(X, "X", list(getattr(self, "feature_names_in_", [])) or None)
         labels = np.full(len(y), -1, np.int64)
-        labels[known] = np.searchsorted(self.classes_, y[known])
+        labels[known] = np.searchsorted(self.classes_, named)
         labeled = np.flatnonzero(known)
         table = Table(
             "X", X, labels, X[:0], labels[:0], [str(c) for c in self.classes_],
@@ -79,19 +87,21 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
         batch = min(len(labeled), 100)
         names = ("couplings", "hidden", "steps", "lr", "weight_decay", "noise", "means", "means_r", "means_trainable",
                  "label_weight", "lambda_u")  # fmt: skip
-        config = Config(
-            method="flowgmm",
-            flow="tabular",
-            zero_init=True,
-            dropout=0.0,
-            optimizer="adamw",
-            schedule="cosine",
-            clip=100.0,
-            ema_decay=0.99,
-            batch_size=batch,
-            uratio=max(1, min(self.batch_size // batch, len(X) // batch)),
-            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
-            **{name: getattr(self, name) for name in names},
+        config = checked(
+            {
+                "method": "flowgmm",
+                "flow": "tabular",
+                "zero_init": True,
+                "dropout": 0.0,
+                "optimizer": "adamw",
+                "schedule": "cosine",
+                "clip": 100.0,
+                "ema_decay": 0.99,
+                "batch_size": batch,
+                "uratio": max(1, min(self.batch_size // batch, len(X) // batch)),
+                "seed": int(check_random_state(self.random_state).randint(2**31 - 1)),
+                **{name: getattr(self, name) for name in names},
+            }
         )
         device = torch.device(self.device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

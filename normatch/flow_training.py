@@ -62,12 +62,13 @@ class FlowState(TrainingState):
             )
             split = make_split(dataset, config.num_labels, config.seed, config.num_val)
         table = isinstance(dataset, Table)
-        if table and config.flow != "tabular":
+        rows = config.flow in ROW_FLOWS
+        if table and not rows:
             raise UserError(f"{dataset.name} is a table and {config.flow} a flow of images: take --flow tabular")
         self.views = not table and config.augment != "none"
         if self.views:
             self.augment_backend = choose_backend(config.augment_backend, device)
-        if not table and config.flow != "tabular":  # whose pixels are in [0, 1]
+        if not table and not rows:  # whose pixels are in [0, 1]
             dataset = replace(dataset, mean=(0.0,) * 3, std=(1.0,) * 3)
         self.dataset, self.split, self.table = dataset, split, table
         uratio = config.uratio if config.lambda_u or config.consistency_weight else 0
@@ -192,9 +193,9 @@ class FlowState(TrainingState):
         return self._shaped(normalize(images, self.dataset.mean, self.dataset.std))
 
     def _shaped(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (n, 3, H, W) -> what the flow takes: (n, C, H, W), of a tabular flow (n, C H W)."""
+        """images: (n, 3, H, W) -> what the flow takes: (n, C, H, W), of a flow of rows (n, C H W)."""
         images = images[:, : self.channels]
-        return images.flatten(1) if self.config.flow == "tabular" else images.contiguous()
+        return images.flatten(1) if self.config.flow in ROW_FLOWS else images.contiguous()
 
     def _samples(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The samples to be judged by and their labels, of this process's share, on the device."""
@@ -273,8 +274,9 @@ def make_scnf(config: Config, shape, classes: int, x=None, y=None) -> SCNF:
             factors=config.ssl_hh,
         )
     model = SCNF(f, h, classes, deep, None if y is None else torch.bincount(y, minlength=classes))
-    if x is not None:
-        initialize(model, x[:512])
+    if x is not None:  # with the noise of training, without which pixels that no image uses have no deviation
+        x = x[:512]
+        initialize(model, x + config.noise * torch.randn_like(x))
     return model
 
 
@@ -295,13 +297,15 @@ def load_pretrained(model: FlowDensity, path: str):
 
 def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:
     """The flow that `config.flow` names, for samples of this shape: (D,) or (C, H, W)."""
-    if config.flow == "tabular" and config.method == "scnf":
+    if config.flow == "toy":
         return PointFlow(*shape, config.couplings, config.hidden)
     if config.flow == "tabular":
         return RealNVPTabular(
             *shape, config.couplings, config.hidden, config.layers, config.dropout, zero_init=config.zero_init
         )
     kind, halvings, options = IMAGE_FLOWS[config.flow]
+    if kind is Glow and shape[0] < 2:
+        raise UserError("flow glow couples the halves of the channels, and a grey image has one: take glow-mnist")
     if config.flow in ("realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "glow"):
         halvings, options = config.flow_scales - 1 + (config.flow == "glow"), {**options, "scales": config.flow_scales}
     if shape[1] % 2**halvings or shape[2] % 2**halvings:
@@ -314,6 +318,8 @@ def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:
         return MaskedGlow(shape, config.flow_width, form, config.hh_factors, reversible=config.reversible)
     return kind(shape, width=config.flow_width, blocks=config.flow_blocks, reversible=config.reversible, **options)
 
+
+ROW_FLOWS = ("tabular", "toy")  # of rows of numbers, an image's too
 
 # flow: its class, how often it halves an image, its options
 IMAGE_FLOWS = {
@@ -349,8 +355,8 @@ def parameter_groups(model: FlowDensity, config: Config) -> list[dict]:
         return [{"params": parameters, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay}]
     prior = [p for p in model.prior.parameters() if p.requires_grad]
     named = [(name, p) for name, p in model.flow.named_parameters() if p.requires_grad]
-    decays = [p for name, p in named if config.flow == "tabular" or name.endswith(GAINS)]
-    rest = [p for name, p in named if not (config.flow == "tabular" or name.endswith(GAINS))]
+    decays = [p for name, p in named if config.flow in ROW_FLOWS or name.endswith(GAINS)]
+    rest = [p for name, p in named if not (config.flow in ROW_FLOWS or name.endswith(GAINS))]
     groups = [
         {"params": decays, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": rest, "lr": config.lr, "weight_decay": 0.0},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from normatch import baselines
-from normatch.baselines import BASELINES, compare
+from normatch.baselines import BASELINES, _flow_preset, compare
 from normatch.cli import main
 from normatch.errors import UserError
 
@@ -53,9 +53,26 @@ def test_compare_prints_and_leaves_the_table(tmp_path, capsys, monkeypatch):
     assert "seed 1: kNN" in capsys.readouterr().err
 
 
+def test_flows_are_compared_and_finished_runs_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "BASELINES", {"kNN": BASELINES["kNN"]})
+    settings = {"eval_every": 4, "progress": False, "device": "cpu", "runs": tmp_path, "seeds": (0,)}
+    compare("scnf-moons", steps=4, **settings)
+    began = (tmp_path / "scnf-moons-0" / "summary.json").stat().st_mtime_ns
+    table = compare("moons", "scnf-moons", steps=4, **settings)
+    assert "| flowgmm |" in table and "| scnf |" in table and table.count("| kNN |") == 1
+    assert (tmp_path / "scnf-moons-0" / "summary.json").stat().st_mtime_ns == began
+    with pytest.raises(UserError, match="scnf-moons-0 holds a run with another steps"):
+        compare("scnf-moons", steps=8, **settings)
+
+
 def test_what_cannot_be_compared_is_said(capsys):
     with pytest.raises(UserError, match="no preset or data set 'irs' for a flow; did you mean"):
         compare("irs")
+    with pytest.raises(UserError, match="'cifar100' for a flow"):  # NorMatch's alone
+        compare("cifar100")
+    with pytest.raises(UserError, match="wine with 15 labels and moons moons with 10"):
+        compare("moons", "wine")
+    assert [_flow_preset(name) for name in ("mnist", "svhn")] == ["flowgmm-mnist-100-small", "flowgmm-svhn-1000"]
     assert main(["compare", "ag-news", "--data_dir", "/nowhere"]) == 1
     assert "ag-news is not in /nowhere" in capsys.readouterr().err
     assert main(["embed", "ag-news", "--data_dir", "/nowhere", "--model", "x"]) == 1

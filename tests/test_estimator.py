@@ -66,6 +66,17 @@ def test_densities_samples_and_labels_of_any_kind():
     assert np.array_equal(pickle.loads(pickle.dumps(model)).predict_proba(X), model.predict_proba(X))
 
 
+def test_labels_may_be_names():
+    X, y = load_iris(return_X_y=True)
+    partly = few_labels(X, y, 10)
+    names = np.array(["setosa", "versicolor", "virginica"], object)[partly]
+    names[partly == -1] = -1
+    named = FlowGMMClassifier(steps=20, random_state=0).fit(X, names)
+    assert named.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+    numbered = FlowGMMClassifier(steps=20, random_state=0).fit(X, partly)
+    assert np.array_equal(named.predict(X), named.classes_[numbered.predict(X)])
+
+
 def test_leaves_the_global_generator_alone_and_repeats_itself():
     X, y = load_iris(return_X_y=True)
     torch.manual_seed(5)
@@ -85,7 +96,10 @@ def test_refuses_what_it_cannot_learn_from():
         model.fit(np.c_[X, np.ones(50)], y)
     with pytest.raises(ValueError, match="NaN"):
         model.fit(np.where(np.arange(100).reshape(50, 2) == 7, np.nan, X), y)
-    with pytest.raises(ValueError, match="means"):
-        FlowGMMClassifier(means="everywhere").fit(X, y)
+    for name, value in {"means": "everywhere", "steps": 0, "lr": -1.0, "hidden": 3.5, "batch_size": 0}.items():
+        with pytest.raises(ValueError, match=f"^{name}.*, not {value!r}$"):  # one line
+            FlowGMMClassifier(**{name: value}).fit(X, y)
+    with pytest.raises(ValueError, match="y holds the text '-1'"):
+        model.fit(X, np.where(np.arange(50) < 10, np.array(["north", "south"])[y], "-1"))
     with pytest.raises(ValueError, match="smaller lr"):
         FlowGMMClassifier(steps=20, lr=1e6).fit(X, y)

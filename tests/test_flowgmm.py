@@ -254,6 +254,13 @@ def test_mistakes_are_told_before_training():
         normatch.train(make_config("moons", method="fixmatch", out="never"))
     with pytest.raises(UserError, match="must be divisible by 4"):
         FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=10), CPU)
+    with pytest.raises(UserError, match="a grey image has one"):
+        FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=8, flow="glow"), CPU)
+    for rule, message in {"split_dims": "2 dimensions are too few", "split_dims_v2": "stripes of an image"}.items():
+        with pytest.raises(UserError, match=message):
+            state_of(x, [0, 1, 2, 1, -1, -1], ["a", "b", "c"], means=rule)
+    with pytest.raises(UserError, match="no stripe for each"):
+        placed("split_dims_v2", shape=(1, 2, 3))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):

@@ -326,6 +326,19 @@ def test_objective_is_that_of_the_paper():
     assert metrics["pseudo_label_accuracy"][1] == 0
 
 
+def test_consistency_asks_for_the_class_of_the_other_view():
+    model = randomised(SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, 10, 1, 2, 8), 3))
+    x = torch.randn(3 + 2 * 4, 2)
+    batch = {"images": x, "y": torch.tensor([2, 0, 1]), "u_y": torch.full((4,), -1)}
+    without, _ = SemiConditional(model, make_config("scnf-moons"))(batch, torch.tensor(5))
+    config = make_config("scnf-moons", consistency_weight=2.0, consistency_rampup=10)
+    loss, metrics = SemiConditional(model, config)(batch, torch.tensor(5))
+    of_other = model.class_log_prob(x[3:7]).argmax(1)  # the second views are learnt from
+    expected = nn.functional.cross_entropy(model.class_log_prob(x[7:]), of_other)
+    torch.testing.assert_close(metrics["loss_consistency"][0], expected.detach())
+    torch.testing.assert_close(loss - without, 0.5 * 2.0 * expected)
+
+
 def test_a_run_learns_resumes_and_leaves_its_pictures(tmp_path):
     result = normatch.train(toy_config(tmp_path / "run", steps=120, eval_every=120, lr=1e-2))
     assert result.test_accuracy > 80

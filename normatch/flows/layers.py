@@ -226,6 +226,8 @@ class ImageCoupling(nn.Module):
 
     def __init__(self, net: nn.Module, channels: int, changed: str, gained: bool = True, shift_first: bool = True):
         super().__init__()
+        if changed in ("first", "second") and channels < 2:
+            raise ValueError("one channel has no halves to couple: take a coupling of the checkerboard")
         self.net, self.changed, self.shift_first = net, changed, shift_first
         affected = channels if changed in ("even", "odd") else channels // 2
         self.gain = nn.Parameter(torch.ones(affected)) if gained else None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from .metrics import average
 from .normatch import ramp
 
@@ -32,8 +33,7 @@ class FlowGMM(nn.Module):
     -log p(x' | y'), the mean over unlabelled rows x', with y' the class that their other views are given, section 4.
     r rises from 0 to 1 over the first `consistency_rampup` steps. Densities are in nats, of the rows as they are given.
 
-    Where there is no second view, as in tables, it is the same row with another draw of `noise`: Gaussian noise of
-    this standard deviation on all rows in training, without which values on a grid have an unbounded density.
+    `noise`: of Gaussian noise on all rows in training, without which values on a grid have an unbounded density.
     u_y, the true labels where they are known and -1 where not, goes into the metrics only.
     """
 
@@ -42,20 +42,14 @@ class FlowGMM(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: dict[str, torch.Tensor], step: torch.Tensor):
-        config, x, y, u_y = self.config, batch["images"], batch["y"], batch["u_y"]
+        config, y, u_y = self.config, batch["y"], batch["u_y"]
         b, u = len(y), len(u_y)
         consistent = config.consistency_weight > 0 and u > 0
         if not (config.lambda_u or consistent):
             u, u_y = 0, u_y[:0]  # labelled only: the rest need not be looked at
-        views, second = x[: b + u], x[b : b + u]
-        if (
-            u and len(x) == b + 2 * u
-        ):  # the stronger views, where the policy makes a difference, are those to learn from
-            views = torch.cat((x[:b], x[b + u :]))
-        if config.noise:
-            views, second = (rows + config.noise * torch.randn_like(rows) for rows in (views, second))
+        views, second = two_views(batch["images"], b, u, config.noise)
         bf16 = config.precision == "bf16"  # the networks in the couplings alone; sums and likelihoods stay in fp32
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
             if consistent:
                 with torch.no_grad():  # first, as published, so that BatchNorm sees the other views last
                     guess = self.model(second).class_log_prob.argmax(1)
@@ -82,6 +76,20 @@ class FlowGMM(nn.Module):
             choice = out.class_log_prob[b:].argmax(1)
             metrics["pseudo_label_accuracy"] = average(choice == u_y, u_y >= 0)
         return loss, metrics
+
+
+def two_views(images, b: int, u: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """images: (B + U, ...) or (B + 2U, ...) -> what to learn from (B + U, ...), other views of its last U rows.
+
+    Of two views the second, the stronger one where the policy makes a difference, is the one to learn from. Where there
+    is one, as of tables, the other is the same row. Both get their own draw of Gaussian noise of deviation `noise`.
+    """
+    views, other = images[: b + u], images[b : b + u]
+    if u and len(images) == b + 2 * u:
+        views = torch.cat((images[:b], images[b + u :]))
+    if noise:
+        views, other = (rows + noise * torch.randn_like(rows) for rows in (views, other))
+    return views, other
 
 
 def place_means(rule: str, r: float, classes: int, flow, x, y, shape=None, generator=None) -> torch.Tensor:
@@ -129,10 +137,20 @@ def place_means(rule: str, r: float, classes: int, flow, x, y, shape=None, gener
         means[:] = r * (k - (classes - 2) / 2)[:, None]
     elif rule == "split_dims":
         part = features // classes
+        if not part:
+            raise UserError(
+                f"means split_dims: {features} dimensions are too few for a part for each of {classes} classes"
+            )
         for label in range(classes):
             means[label, label * part : (label + 1) * part] = r
     elif rule == "split_dims_v2":
+        if shape is None or len(shape) != 3:
+            raise UserError("means split_dims_v2 are stripes of an image: of rows take split_dims")
         channels, height, _ = shape
+        if channels * height < classes:
+            raise UserError(
+                f"means split_dims_v2: an image of {height} rows has no stripe for each of {classes} classes"
+            )
         picture = means.view(classes, *shape)
         # The classes are dealt to the channels, the more to the last: 3 + 3 + 4.
         for channel, own in enumerate(np.array_split(np.arange(classes)[::-1], channels)[::-1]):
