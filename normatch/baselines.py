@@ -17,7 +17,7 @@ from .config import FLOWS, PRESETS, make_config
 from .data import Split, load_dataset, make_split
 from .errors import UserError, nearest
 from .optim import SCHEDULES
-from .tables import Table
+from .tables import TABLES, Table
 
 # As published for FlowGMM's tables: how many unlabelled rows the graphs of label spreading hold.
 KNN_ROWS, RBF_ROWS = 10000, 5000
@@ -144,13 +144,14 @@ def compare(
 ) -> str:
     """The flows of presets (or of a data set's first one) and all baselines, on the same labels: a Markdown table.
 
+    A data set without a preset, such as a table of one's own, gets that of wine, which suits few dimensions.
     out: where to leave the records as JSON, and beside it the table.   runs: where to keep the flows' runs; a run that
     is there is not repeated, and one that was stopped goes on.   keys: of the configuration.
 
     Raises UserError where there is no such preset, and where two have other data or another number of labels.
     """
-    presets = [_flow_preset(name) for name in presets]
-    configs = [make_config(preset, **keys) for preset in presets]
+    settings = {name: {**_flow_keys(name), **keys} for name in presets}
+    configs = [make_config(**given) for given in settings.values()]
     first = configs[0]
     for preset, config in zip(presets, configs, strict=True):
         if (config.dataset, config.num_labels) != (first.dataset, first.num_labels):
@@ -167,9 +168,9 @@ def compare(
             for name, accuracy, seconds in baseline_accuracies(dataset, split, seed):
                 records.append({"method": name, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
                 print(f"seed {seed}: {name} {accuracy:.2f} % ({seconds:.0f} s)", file=sys.stderr)
-            for preset in presets:
-                out_of_run = str(Path(runs or folder) / f"{preset}-{seed}")
-                config = make_config(preset, **{**keys, "seed": seed, "out": out_of_run, "resume": "auto"})
+            for name, given in settings.items():
+                own = {"seed": seed, "out": str(Path(runs or folder) / f"{name}-{seed}"), "resume": "auto"}
+                config = make_config(**{**given, **own})
                 summary = _summary(config)
                 accuracy, seconds = summary["test_accuracy"], summary["seconds_total"]
                 records.append({"method": config.method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
@@ -182,16 +183,21 @@ def compare(
     return table
 
 
-def _flow_preset(name: str) -> str:
-    """A preset that trains a flow end to end, or the first of a data set, a reduced one where there is any."""
+def _flow_keys(name: str) -> dict:
+    """A preset that trains a flow end to end, or a data set -> what to configure.
+
+    Of a data set's presets the first, but a reduced one where there is any; of a table without, that of wine.
+    """
     flows = {preset: values for preset, values in PRESETS.items() if values.get("method") in FLOWS}
     if name in flows:
-        return name
+        return {"preset": name}
     found = [preset for preset, values in flows.items() if values["dataset"] == name]
-    if not found:
-        known = nearest(name, [*flows, *(values["dataset"] for values in flows.values())])
-        raise UserError(f"there is no preset or data set {name!r} for a flow{known}")
-    return next((preset for preset in found if preset.endswith("-small")), found[0])
+    if found:
+        return {"preset": next((preset for preset in found if preset.endswith("-small")), found[0])}
+    if name in TABLES:
+        return {"preset": "flowgmm-wine", "dataset": name}
+    known = nearest(name, [*flows, *TABLES, *(values["dataset"] for values in flows.values())])
+    raise UserError(f"there is no preset or data set {name!r} for a flow{known}")
 
 
 def _summary(config) -> dict:

@@ -65,6 +65,8 @@ class FlowState(TrainingState):
         rows = config.flow in ROW_FLOWS
         if table and not rows:
             raise UserError(f"{dataset.name} is a table and {config.flow} a flow of images: take --flow tabular")
+        if config.noise and not rows:
+            raise UserError("noise is for rows: pixels have to stay in [0, 1], and are dequantised with noise anyway")
         self.views = not table and config.augment != "none"
         if self.views:
             self.augment_backend = choose_backend(config.augment_backend, device)

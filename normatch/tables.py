@@ -73,7 +73,7 @@ def check_features(x: np.ndarray, where: str, names=None):
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise UserError(
-            f"{where}: {bad.any(1).sum()} rows have NaN or infinite features, the first is row {row}, "
+            f"{where}: {bad.any(1).sum()} rows have NaN or infinite features, the first is row {row} (of 0, 1, ...), "
             f"column {names[column] if names else column}: leave them out or fill them in"
         )
     constant = np.flatnonzero(np.ptp(x, axis=0) == 0)
@@ -391,9 +391,9 @@ def _own(folder: Path) -> Table:
 def _read_csv(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
     """-> the names of the features, (N, D) their values, (N,) labels, "" where there is none."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # with or without the mark of Excel's files
             rows = list(csv.reader(file))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not rows or "label" not in rows[0]:
         raise UserError(f"{path} needs a first row that names its columns, one of them `label`")
@@ -408,4 +408,6 @@ def _read_csv(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
         except ValueError as error:
             raise UserError(f"{path}, row {number}: {error}") from None
         labels.append("" if row[label].strip() == "-1" else row[label].strip())
-    return [name for name in header if name != "label"], np.array(values, np.float32).reshape(len(values), -1), labels
+    if len(header) < 3 or not values:
+        raise UserError(f"{path} needs rows of at least two columns of features beside `label`")
+    return [name for name in header if name != "label"], np.array(values, np.float32), labels

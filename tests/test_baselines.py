@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from normatch import baselines
-from normatch.baselines import BASELINES, _flow_preset, compare
+from normatch.baselines import BASELINES, _flow_keys, compare
 from normatch.cli import main
 from normatch.errors import UserError
 
@@ -72,7 +72,13 @@ def test_what_cannot_be_compared_is_said(capsys):
         compare("cifar100")
     with pytest.raises(UserError, match="wine with 15 labels and moons moons with 10"):
         compare("moons", "wine")
-    assert [_flow_preset(name) for name in ("mnist", "svhn")] == ["flowgmm-mnist-100-small", "flowgmm-svhn-1000"]
+    own = {"preset": "flowgmm-wine", "dataset": "table"}
+    for name, keys in {
+        "mnist": {"preset": "flowgmm-mnist-100-small"},
+        "wine": {"preset": "flowgmm-wine"},
+        "table": own,
+    }.items():
+        assert _flow_keys(name) == keys
     assert main(["compare", "ag-news", "--data_dir", "/nowhere"]) == 1
     assert "ag-news is not in /nowhere" in capsys.readouterr().err
     assert main(["embed", "ag-news", "--data_dir", "/nowhere", "--model", "x"]) == 1

@@ -254,6 +254,8 @@ def test_mistakes_are_told_before_training():
         normatch.train(make_config("moons", method="fixmatch", out="never"))
     with pytest.raises(UserError, match="must be divisible by 4"):
         FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=10), CPU)
+    with pytest.raises(UserError, match="noise is for rows"):
+        FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, noise=0.1), CPU)
     with pytest.raises(UserError, match="a grey image has one"):
         FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=8, flow="glow"), CPU)
     for rule, message in {"split_dims": "2 dimensions are too few", "split_dims_v2": "stripes of an image"}.items():
@@ -275,10 +277,25 @@ def test_a_density_of_one_class_is_a_model_too(tmp_path):
     assert load_table("picture").classes == ["all"]
 
 
-@pytest.mark.parametrize("preset", ["moons", "flowgmm-wine"])
-def test_a_step_reads_nothing_back(preset, monkeypatch):
+SMALL_IMAGES = {"dataset": "digits", "num_labels": 20, "image_size": 8, "batch_size": 4, "flow_width": 4}
+SMALL_IMAGES |= {"flow_blocks": 1, "means_r": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    [
+        ("moons", {"noise": 0.1}),
+        ("flowgmm-wine", {}),
+        ("flowgmm-mnist-100", {**SMALL_IMAGES, "flow": "realnvp-1x1-actnorm"}),
+        # Adamax counts its steps in the host's memory and reads them there, which nobody waits for.
+        ("scnf-moons", {"clip": 1.0, "optimizer": "adam"}),
+        ("scnf-mnist-100", {**SMALL_IMAGES, "ssl_dim": 16, "ssl_hd": 8, "augment": "weak", "optimizer": "adam"}),
+    ],
+)
+def test_a_step_reads_nothing_back(preset, keys, monkeypatch):
     monkeypatch.setattr("normatch.ops._check_no_nan", lambda *arguments: None)  # on the CPU it looks, on a GPU not
-    state = FlowState(make_config(preset, consistency_weight=1.0, noise=0.1, means_trainable=True), CPU)
+    monkeypatch.setattr("normatch.flows.flow.on_the_cpu", lambda x: False)
+    state = FlowState(make_config(preset, consistency_weight=1.0, means_trainable=True, **keys), CPU)
     state.objective.train()
     batches, step = state.batches(0), TrainStep(state)
     state.begin_step()
@@ -287,7 +304,7 @@ def test_a_step_reads_nothing_back(preset, monkeypatch):
     with NoReadBack():
         state.begin_step()
         state.meter.add(step([batch]))
-    assert state.step == 2 and state.meter.read()["loss_u"] < 1e3
+    assert state.step == 2 and all(np.isfinite(value) for value in state.meter.read().values())
 
 
 @pytest.mark.parametrize("preset", ["moons", "flowgmm-mnist-100", "pixels"])

@@ -133,6 +133,13 @@ def test_mistakes_in_the_calls_are_named():
         GaussianMixture(torch.eye(2), torch.zeros(3))
     with pytest.raises(ValueError, match=r"0\.\.2"):
         model.sample(2, 3)
+    for label in (1.5, torch.tensor([0, 1, 2])):
+        with pytest.raises(ValueError, match="must be an integer or 2 of them"):
+            model.sample(2, label)
+    assert model.sample(0).shape == model.sample(0, 1).shape == (0, 3)
+    for names in (("mean",), "means"):
+        with pytest.raises(ValueError, match="trainable must be True, False or a tuple of names"):
+            GaussianMixture(torch.eye(2), trainable=names)
 
 
 # ---- Images -------------------------------------------------------------------------------------------------------
@@ -375,8 +382,14 @@ def test_shapes_that_do_not_fit_are_named():
         RealNVPMNIST(width=4, blocks=1)(torch.zeros(2, 3, 28, 28))
     with pytest.raises(ValueError, match=r"z must have shape \(N, 784\)"):
         RealNVPMNIST(width=4, blocks=1).inverse(torch.zeros(2, 780))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], but holds values from nan"):
+        RealNVPMNIST(width=4, blocks=1)(torch.full((2, 1, 28, 28), torch.nan))
+    with pytest.raises(ValueError, match=r"floating type, not torch\.uint8, pixels in"):
+        RealNVPMNIST(width=4, blocks=1)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
     with pytest.raises(ValueError, match="values from 0 to 255"):
         RealNVPMNIST(width=4, blocks=1)(255.0 * torch.eye(28).expand(2, 1, -1, -1))
+    with pytest.raises(ValueError, match="one channel has no halves"):
+        Glow((1, 8, 8), width=4, blocks=1)
     with pytest.raises(ValueError, match="5 x 4 cannot be squeezed"):
         RealNVP((1, 5, 4), width=4, blocks=1)
 

@@ -294,6 +294,9 @@ def test_mistakes_are_named(golden):
         ConditionalFlow(2, levels=2)
     with pytest.raises(ValueError, match="cannot be the deep ones"):
         SCNF(PointFlow(), ConditionalFlow(4), 2)
+    with pytest.raises(ValueError, match="a ConditionalFlow or 'shift', not 'shft'"):
+        SCNF(PointFlow(), "shft", 2)
+    assert SCNF(PointFlow(), "shift", 2).sample(0).shape == (0, 2)
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------

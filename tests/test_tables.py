@@ -107,11 +107,11 @@ def test_hepmass_drops_features_that_repeat_a_value(tmp_path):
 
 
 def write(path, *rows):
-    path.write_text("\n".join(rows) + "\n")
+    path.write_bytes("\n".join((*rows, "")).encode(errors="surrogateescape"))
 
 
 def test_an_own_table_is_read_with_its_unlabelled_rows(tmp_path):
-    write(tmp_path / "train.csv", "a,label,b", "1,yes,2", "2,,3", "0.5,no,9", "3,-1,4")
+    write(tmp_path / "train.csv", "\ufeffa,label,b", "1,yes,2", "2,,3", "0.5,no,9", "3,-1,4")  # as Excel saves it
     write(tmp_path / "test.csv", "a,label,b", "1,yes,2", "7,no,8")
     table = load_table("table", tmp_path)
     assert table.classes == ["no", "yes"] and table.train_labels.tolist() == [1, -1, 0, -1]
@@ -125,7 +125,10 @@ def test_an_own_table_is_read_with_its_unlabelled_rows(tmp_path):
         (["a,b", "1,2"], "one of them `label`"),
         (["a,label", "1,x", "2,y,3"], "row 3: 3 values, where the first row names 2"),
         (["a,label", "one,x"], "row 2: could not convert"),
-        (["a,b,label", "1,nan,x", "2,3,y"], "1 rows have NaN or infinite features, the first is row 0, column b"),
+        (["a,label", "1,x", "2,y"], "at least two columns of features"),
+        (["a,b,label"], "needs rows of"),
+        (["a,b,label", "1,2,caf\udce9"], "cannot be read: 'utf-8' codec"),
+        (["a,b,label", "1,nan,x", "2,3,y"], r"NaN or infinite features, the first is row 0 \(of 0, 1, ...\), column b"),
         (["a,b,label", "1,5,x", "2,5,y"], r"1 columns are constant \(b\)"),
         (["a,b,label", "1,5,", "2,6,"], "no labelled row"),
     ],

@@ -86,6 +86,9 @@ class GaussianMixture(nn.Module):
         means = torch.as_tensor(means)
         if means.ndim != 2 or not means.is_floating_point() or 0 in means.shape:
             raise ValueError(f"means must be floats of shape (K, D), not {means.dtype} of shape {tuple(means.shape)}")
+        names = ("means", "rho", "mixture_logits")
+        if not isinstance(trainable, bool) and not (isinstance(trainable, tuple) and set(trainable) <= set(names)):
+            raise ValueError(f"trainable must be True, False or a tuple of names among {names}, not {trainable!r}")
         classes = len(means)
         if rho is None:
             rho = means.new_full((classes,), math.log(math.e - 1))  # softplus(rho) = 1
@@ -168,15 +171,23 @@ def sample_mixture(means, rho, mixture_logits, n, label=None, generator=None):
     """means: (K, D), rho, mixture_logits: (K,) -> (n, D) points of class `label` (int or (n,)), or of the mixture."""
     device = means.device
     if label is None:
-        label = torch.multinomial(mixture_logits.softmax(0), n, replacement=True, generator=generator)
+        label = draw_classes(mixture_logits.softmax(0), n, generator)
     label = checked_classes(label, n, len(means), device)
     noise = torch.randn(n, means.shape[1], generator=generator, device=device, dtype=means.dtype)
     return means[label] + F.softplus(rho)[label, None] * noise
 
 
+def draw_classes(shares: torch.Tensor, n: int, generator: torch.Generator | None) -> torch.Tensor:
+    """shares: (K,) -> (n,) classes; none are allowed, which `torch.multinomial` refuses."""
+    return torch.multinomial(shares, max(n, 1), replacement=True, generator=generator)[:n]
+
+
 def checked_classes(label, n: int, classes: int, device: torch.device) -> torch.Tensor:
     """An int or (n,) integers -> (n,) of them. Raises ValueError where they are not among the K classes."""
-    label = torch.as_tensor(label, device=device).expand(n)
+    label = torch.as_tensor(label, device=device)
+    if label.is_floating_point() or label.dtype == torch.bool or label.shape not in ((), (n,)):
+        raise ValueError(f"label must be an integer or {n} of them, not {label.dtype} of shape {tuple(label.shape)}")
+    label = label.expand(n).long()
     if n and not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise ValueError(f"label must lie in 0..{classes - 1}")
     return label

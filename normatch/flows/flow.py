@@ -55,8 +55,10 @@ class Flow(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (N, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be of a floating type, not {x.dtype}" + ", pixels in [0, 1]" * bool(self.levels))
         if self.levels:
-            if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((x < 0) | (x > 1)).any()):
+            if on_the_cpu(x) and not bool(((x >= 0) & (x <= 1)).all()):
                 raise ValueError(f"x must lie in [0, 1], but holds values from {x.min():g} to {x.max():g}")
             x = dequantize(x, self.levels, noise=self.noise == "always" or (self.noise == "train" and self.training))
         if self.reversible and torch.is_grad_enabled():
@@ -90,6 +92,11 @@ class Flow(nn.Module):
 
     def extra_repr(self):
         return f"shape={self.shape}, levels={self.levels}, reversible={self.reversible}"
+
+
+def on_the_cpu(x: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU that would wait for it, and a compiled graph cannot."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ Shapes are (N, C, H, W), and where a docstring says so also vectors (..., C), wh
 is (N,), for vectors (...), in nats, float32 (float64 for float64). No layer remembers its last call.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +40,7 @@ class Logit(nn.Module):
         w = v * self.c + (1 - self.c) / 2
         z = w.log() - (-w).log1p()
         # d logit(w) / dw = 1 / (w (1 - w)); softplus holds where w is rounded to 1
-        return z, ops.logdet(F.softplus(z) + F.softplus(-z) + torch.tensor(self.c, dtype=torch.float64).log().item())
+        return z, ops.logdet(F.softplus(z) + F.softplus(-z) + math.log(self.c))
 
     def inverse(self, z: Tensor) -> Tensor:
         return (z.sigmoid() - (1 - self.c) / 2) / self.c
@@ -314,8 +316,8 @@ def _couple(op, x, params, changed):
     x, params = (v.expand(*lead, v.shape[-1]).reshape(-1, v.shape[-1], 1, 1) for v in (x, params))
     result = op(x, params, changed=changed, eps=1e-6)
     if isinstance(result, Tensor):
-        return result.reshape(*lead, -1)
-    return result[0].reshape(*lead, -1), result[1].reshape(lead)
+        return result.reshape(*lead, x.shape[1])
+    return result[0].reshape(*lead, x.shape[1]), result[1].reshape(lead)
 
 
 def _halves(x):

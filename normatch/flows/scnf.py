@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..reference import log_softplus
-from .density import FlowDensity, FlowOutput, checked_classes
+from .density import FlowDensity, FlowOutput, checked_classes, draw_classes
 from .flow import Flow, load_weights
 from .layers import (
     ActNorm,
@@ -236,6 +236,8 @@ class SCNF(FlowDensity):
         class_prior: Tensor | Sequence[float] | None = None,
     ):
         super().__init__()
+        if not (isinstance(h, ConditionalFlow) or h == "shift"):
+            raise ValueError(f"h must be a ConditionalFlow or 'shift', not {h!r}")
         deep = deep or (f.features if h == "shift" else h.features)
         if deep > f.features:
             raise ValueError(f"f has {f.features} dimensions, of which {deep} cannot be the deep ones")
@@ -277,7 +279,7 @@ class SCNF(FlowDensity):
     def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> Tensor:
         """n points (n, D) of f's latent space, of class y (an int, or one a row (n,)) or of classes drawn from p(y)."""
         if y is None:
-            y = torch.multinomial(self.log_prior.exp(), n, replacement=True, generator=generator)
+            y = draw_classes(self.log_prior.exp(), n, generator)
         y = checked_classes(y, n, self.classes, self.embedding.device)
         like = self.embedding
         noise = torch.randn(n, self.f.features, generator=generator, device=like.device, dtype=like.dtype)
