@@ -49,6 +49,13 @@ struct VectorMath {
     x = x > 89.0f ? F{} + 89.0f : x;
     I n;
     const F p = reduced(x, n);
+#if defined(__x86_64__)
+    if constexpr (L == 16) {  // one operation instead of eight; in assembly, as in stream()
+      F scaled;
+      asm("vscalefps %2, %1, %0" : "=v"(scaled) : "v"(1.0f + p), "v"(__builtin_convertvector(n, F)));
+      return scaled;
+    }
+#endif
     const I half = n >> 1;  // two factors, because 2^n alone leaves the range before p * 2^n does
     return (1.0f + p) * power_of_two(half) * power_of_two(n - half);
   }

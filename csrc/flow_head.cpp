@@ -89,12 +89,15 @@ struct CouplingLayout {
   }
 };
 
-// All parameters, filled up with zeros.
+// All parameters, filled up with zeros; `both`: the matrices as they are, too, which forward has no use for.
 template <typename Acc>
 class Network {
  public:
-  Network(const Shape& shape, const std::vector<Tensor>& tensors)
-      : shape_(shape), layouts_{CouplingLayout(shape, 0), CouplingLayout(shape, 1)}, memory_(start(shape.couplings)) {
+  Network(const Shape& shape, const std::vector<Tensor>& tensors, bool both)
+      : shape_(shape),
+        both_(both),
+        layouts_{CouplingLayout(shape, 0), CouplingLayout(shape, 1)},
+        memory_(start(shape.couplings)) {
     std::vector<const Acc*> sources;
     std::vector<Tensor> dense;
     for (const Tensor& tensor : tensors) {
@@ -116,27 +119,32 @@ class Network {
   void pack(const Acc* const* from, const CouplingLayout& at, Acc* to, int kept) {
     const int64_t h = shape_.hidden, hp = shape_.hidden_pad, in = shape_.half(kept), in_pad = shape_.half_pad[kept];
     const int64_t out = shape_.half(1 - kept), out_pad = shape_.half_pad[1 - kept];
-    std::fill_n(to, at.size, Acc(0));
-    for (int64_t o = 0; o < h; ++o) {
-      std::copy_n(from[kWeight0] + o * in, in, to + at.weight[0] + o * in_pad);
-      std::copy_n(from[kWeight1] + o * h, h, to + at.weight[1] + o * hp);
-      for (int64_t i = 0; i < in; ++i) to[at.transposed[0] + i * hp + o] = from[kWeight0][o * in + i];
-      for (int64_t i = 0; i < h; ++i) to[at.transposed[1] + i * hp + o] = from[kWeight1][o * h + i];
+    if (hp > h || in_pad > in || out_pad > out) std::fill_n(to, at.size, Acc(0));
+    copy_matrix(from[kWeight0], h, in, to + at.weight[0], in_pad, to + at.transposed[0], hp);
+    copy_matrix(from[kWeight1], h, h, to + at.weight[1], hp, to + at.transposed[1], hp);
+    for (int part = 0; part < 2; ++part) {  // s, then t
+      copy_matrix(from[kWeight2] + part * out * h, out, h, to + at.weight[2] + part * out_pad * hp, hp,
+                  to + at.transposed[2] + part * out_pad, 2 * out_pad);
+      std::copy_n(from[kBias2] + part * out, out, to + at.bias[2] + part * out_pad);
     }
     std::copy_n(from[kBias0], h, to + at.bias[0]);
     std::copy_n(from[kBias1], h, to + at.bias[1]);
-    for (int part = 0; part < 2; ++part) {  // s, then t
-      for (int64_t o = 0; o < out; ++o) {
-        const Acc* row = from[kWeight2] + (part * out + o) * h;
-        std::copy_n(row, h, to + at.weight[2] + (part * out_pad + o) * hp);
-        for (int64_t i = 0; i < h; ++i) to[at.transposed[2] + i * 2 * out_pad + part * out_pad + o] = row[i];
-      }
-      std::copy_n(from[kBias2] + part * out, out, to + at.bias[2] + part * out_pad);
-    }
     std::copy_n(from[kGain], out, to + at.gain);
   }
 
+  // A dense matrix into one whose rows are `row` apart, where backward needs it, and its transpose into `across`.
+  void copy_matrix(const Acc* from, int64_t rows, int64_t columns, Acc* to, int64_t row, Acc* across,
+                   int64_t across_row) const {
+    constexpr int64_t kBlock = 16;  // a cache line of floats: no line of either side is touched twice
+    for (int64_t first = 0; first < rows; first += kBlock)
+      for (int64_t i = 0; i < columns; ++i)
+        for (int64_t o = first; o < std::min(first + kBlock, rows); ++o) across[i * across_row + o] = from[o * columns + i];
+    if (!both_) return;
+    for (int64_t o = 0; o < rows; ++o) std::copy_n(from + o * columns, columns, to + o * row);
+  }
+
   Shape shape_;
+  bool both_;
   CouplingLayout layouts_[2];
   Scratch<Acc> memory_;
 };
@@ -174,7 +182,7 @@ NM_HD void multiply_block(int64_t first, int64_t column, int64_t depth, const Ac
     V row[C];
     for (int c = 0; c < C; ++c) row[c] = load<V>(b + i * b_row + column + c * kLanes<V>);
     for (int r = 0; r < R; ++r) {
-      const V value = V{} + a[(first + r) * a_row + i * a_depth];
+      const Acc value = a[(first + r) * a_row + i * a_depth];
       for (int c = 0; c < C; ++c) sums[r][c] += value * row[c];
     }
   }
@@ -424,7 +432,7 @@ template <typename Acc>
 void forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& parameters, const Tensor& means,
              const Tensor& rho, const Tensor& logits, const Dropout& dropout, double eps, const Tensor& z,
              const Tensor& logdet, const Tensor& class_log_prob, const Tensor& log_prob, const Tensor& saved) {
-  Network<Acc> network(shape, parameters);
+  Network<Acc> network(shape, parameters, false);
   const Mixture<Acc> mixture(shape, rho, logits, eps);
   const Tensor dense_means = dense_rows(means);
   const auto mu = read_rows<Acc>(dense_means);
@@ -518,7 +526,8 @@ NM_HD void mixture_backward(const Shape& shape, const Acc* weights, const Acc* z
         const V mu = load<V>(means + at + k * kPad);
         V grad_mu{};
         for (int r = 0; r < R; ++r) {
-          const V difference = point[r] - mu, weight = V{} + weights[k * kTileRows + first + r];
+          const V difference = point[r] - mu;
+          const Acc weight = weights[k * kTileRows + first + r];
           grad[r] -= weight * difference;
           grad_mu += weight * difference;
         }
@@ -692,7 +701,7 @@ FlowHeadGradients backward(const Shape& shape, const std::optional<Tensor>& grad
                            const Tensor& class_log_prob, const std::vector<Tensor>& parameters, const Tensor& means,
                            const Tensor& rho, const Tensor& logits, const Dropout& dropout, double eps,
                            ScalarType type) {
-  Network<Acc> network(shape, parameters);
+  Network<Acc> network(shape, parameters, true);
   const Mixture<Acc> mixture(shape, rho, logits, eps);
   Gradients<Acc> gradients(shape, parameters, means);
   const int64_t rows = saved.size(0), classes = shape.classes, kp = shape.classes_pad;
