@@ -59,7 +59,7 @@ class Config(BaseModel):
     accumulate: Positive = key(
         1, "parts that a step's images are taken in, one after another, to save memory; da_window counts parts"
     )
-    lr: Weight = key(0.03, "learning rate of SGD with Nesterov momentum 0.9")
+    lr: Weight = key(0.03, "learning rate, of SGD with Nesterov momentum 0.9, or of a flow's optimizer")
     weight_decay: Weight = key(5e-4, "weight decay of both optimisers")
     warmup: NonNegative = key(0, "steps of linear learning-rate warm-up")
     ema_decay: Share = key(0.999, "decay of the averaged weights that are evaluated")
@@ -91,12 +91,12 @@ class Config(BaseModel):
         "tabular", "toy", "realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "realnvp-mnist", "glow", "glow-mnist",
         "mnist-masked",
     ] = key("tabular", "flowgmm, scnf: the flow; all but tabular and toy are of images")  # fmt: skip
-    flow_scales: Positive = key(2, "flowgmm: scales of the image flows realnvp* and glow")
-    flow_width: Positive = key(64, "flowgmm: channels of an image flow's networks, at its first scale")
-    flow_blocks: NonNegative = key(8, "flowgmm: residual blocks of an image flow's networks")
-    reversible: bool = key(False, "flowgmm: keep no activations of an image flow, rebuild them for the gradient")
-    layers: NonNegative = key(1, "flowgmm: inner layers of the networks of a tabular flow")
-    zero_init: bool = key(False, "flowgmm: start from the identity, with last layers of zeros")
+    flow_scales: Positive = key(2, "scales of the image flows realnvp* and glow")
+    flow_width: Positive = key(64, "channels of an image flow's networks, at its first scale")
+    flow_blocks: NonNegative = key(8, "residual blocks of an image flow's networks; of mnist-masked four")
+    reversible: bool = key(False, "flowgmm, scnf: keep no activations of an image flow, rebuild them for the gradient")
+    layers: NonNegative = key(1, "flow tabular: inner layers of its networks")
+    zero_init: bool = key(False, "flow tabular: start from the identity, with last layers of zeros")
     means: Literal[
         "random", "circle", "diagonal", "simplex", "antipodal", "pixel_const", "split_dims", "split_dims_v2",
         "from_data", "from_latent", "from_z", "random_data", "spread",
@@ -114,13 +114,17 @@ class Config(BaseModel):
     consistency_weight: Weight = key(0.0, "flowgmm, scnf: weight of the consistency between two views")
     consistency_rampup: NonNegative = key(0, "flowgmm, scnf: steps over which the consistency rises to its weight")
     noise: Weight = key(0.0, "flowgmm, scnf: standard deviation of the noise on rows in training")
-    optimizer: Literal["adam", "adamw", "adamax", "sgd"] = key("adam", "flowgmm: optimiser, with learning rate lr")
-    schedule: Literal["constant", "steps", "cosine", "wilson", "linear"] = key(
-        "constant", "flowgmm: course of the learning rate; steps: a tenth at 50 % and again at 80 % of them"
+    optimizer: Literal["adam", "adamw", "adamax", "sgd"] = key(
+        "adam", "flowgmm, scnf: optimiser, with learning rate lr"
     )
-    swa_start: NonNegative | None = key(None, "flowgmm: step from which weights are averaged (SWA); none: by ema_decay")
-    swa_every: Positive = key(10, "flowgmm: steps between the weights that SWA averages")
-    swa_lr: Weight | None = key(None, "flowgmm: learning rate from swa_start on; none: that of the schedule")
+    schedule: Literal["constant", "steps", "cosine", "wilson", "linear"] = key(
+        "constant", "flowgmm, scnf: course of the learning rate; steps: a tenth at 50 % and again at 80 % of them"
+    )
+    swa_start: NonNegative | None = key(
+        None, "flowgmm, scnf: step from which weights are averaged (SWA); none: by ema_decay"
+    )
+    swa_every: Positive = key(10, "flowgmm, scnf: steps between the weights that SWA averages")
+    swa_lr: Weight | None = key(None, "flowgmm, scnf: learning rate from swa_start on; none: that of the schedule")
 
     ssl_model: Literal["cond-flow", "cond-shift"] = key(
         "cond-flow", "scnf: what tells the classes apart: a flow of the deep dimensions, or a shift (a mixture)"
@@ -539,6 +543,11 @@ ALIASES = {
     "data": "dataset",
     "supervised": "num_labels",
     "sup_weight": "label_weight",
+    "swa_freq": "swa_every",
+    "max_grad_norm": "clip",
+    "unlab_weight": "lambda_u",
+    "cov_std": "sigma",
+    "supervised_only": ("lambda_u", "0"),
 }
 
 

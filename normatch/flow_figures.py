@@ -1,5 +1,6 @@
 """Pictures of a trained flow, left in its run folder: the plane, the latent space, how far to trust it, samples."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ LABELLED = {"marker": "^", "s": 70, "edgecolors": "black", "linewidths": 0.9, "z
 
 
 @torch.inference_mode()
-def leave_figures(folder: Path, model: FlowDensity, train, test, other, classes: list[str]) -> list[Path]:
+def leave_figures(
+    folder: Path, model: FlowDensity, train, test, other, classes: list[str], images: Callable | None = None
+) -> list[Path]:
     """Draw what there is to draw of a model in evaluation mode; returns the files.
 
     train, test: (x (n, ...), y (n,)), where y is -1 for rows that the model was not told the label of.   other: (m,
-    ...) samples that are not of this distribution.
+    ...) test samples whose features were shuffled, each among its rows: not of this distribution.   images: what makes
+    (n, C, H, W) in [0, 1] of the model's samples, where they are images.
 
         plane.png     of points of the plane: data, latent points, samples, grids through the flow and its inverse,
                       decision regions
@@ -27,8 +31,8 @@ def leave_figures(folder: Path, model: FlowDensity, train, test, other, classes:
     figures = {"latent.png": latent_figure(model, train, test, other, classes)}
     if train[0].shape[1:] == (2,):
         figures["plane.png"] = plane_figure(model, *train)
-    elif train[0].ndim == 4:
-        figures["samples.png"] = samples_figure(model, test[0], classes)
+    if images:
+        figures["samples.png"] = samples_figure(model, test[0], classes, images)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=110)
     return [folder / name for name in figures]
@@ -110,7 +114,17 @@ def _limits(points, margin=0.25):
 
 
 def latent_figure(model: FlowDensity, train, test, other, classes: list[str]):
-    """-> Figure: the distances of the means in widths, a reliability diagram, histograms of log p(x)."""
+    """-> Figure: the distances of the means in widths, a reliability diagram, histograms of log p(x).
+
+    Of one class the histograms alone. Bins of the diagram are dots as large as the share of the samples in them.
+    """
+    outputs = _outputs(model, test[0][:5000])
+    parts = {"training": _outputs(model, train[0][:5000]), "test": outputs, "shuffled": _outputs(model, other[:5000])}
+    values = {name: part.log_prob.cpu().numpy() for name, part in parts.items()}
+    if len(classes) == 1:
+        figure, panels = _figure(1, 1, (6, 4.4))
+        _densities(panels[0], values)
+        return figure
     figure, panels = _figure(1, 3, (14.5, 4.4))
     means = model.class_means().cpu()
     distance = (torch.cdist(means, means) / model.width().cpu()).numpy()
@@ -132,31 +146,33 @@ def latent_figure(model: FlowDensity, train, test, other, classes: list[str]):
                     fontsize=6,
                 )
 
-    x, y = (part[:5000] for part in test)
-    outputs = _outputs(model, x)
+    y = test[1][:5000]
     tuned, judged = slice(0, None, 2), slice(1, None, 2)  # the temperature is fitted on the one, judged on the other
     logits = outputs.class_log_prob
-    tau = temperature(logits[tuned], y[tuned]) if len(y) > 3 and len(classes) > 1 else 1.0
+    tau = temperature(logits[tuned], y[tuned]) if len(y) > 3 else 1.0
     for value, colour in ((1.0, "#c1440e"), (tau, "#2b6cb0")):
-        confidence, accuracy, _, ece = reliability((logits[judged] / value).softmax(1), y[judged])
+        confidence, accuracy, share, ece = reliability((logits[judged] / value).softmax(1), y[judged])
         label = f"τ = {value:.3g}: ECE {ece:.3f}"
-        panels[1].plot(confidence, accuracy, "o-", color=colour, markersize=3, label=label)
+        panels[1].scatter(confidence, accuracy, 3 + 300 * share, color=colour, alpha=0.6, linewidths=0, label=label)
     panels[1].plot([0, 1], [0, 1], "--", color="#999999", linewidth=1)
     panels[1].set(xlabel="confidence", ylabel="accuracy", title="Reliability, with a temperature τ", xlim=(0, 1.02))
     panels[1].legend(loc="upper left", frameon=False, fontsize=8)
 
-    parts = {"training": _outputs(model, train[0][:5000]), "test": outputs, "elsewhere": _outputs(model, other[:5000])}
-    values = {name: part.log_prob.cpu().numpy() for name, part in parts.items()}
+    _densities(panels[2], values)
+    return figure
+
+
+def _densities(axes, values: dict[str, np.ndarray]):
+    """name -> log p(x) (n,): histograms, the first bin with all that is below."""
     here = np.concatenate((values["training"], values["test"]))
     low = min(np.percentile(v, 2) for v in values.values())
     bins = np.linspace(max(low, np.median(here) - 40 * max(np.std(here), 1e-3)), np.percentile(here, 99.9), 60)
     for (name, value), colour in zip(values.items(), COLOURS, strict=False):
-        shown = np.clip(value, bins[0], bins[-1])
-        weights = np.full(len(shown), 1 / len(shown))
-        panels[2].hist(shown, bins, weights=weights, alpha=0.5, color=colour, label=name)
-    panels[2].set(xlabel="log p(x), nats", ylabel="share", title="Density, in and out of the distribution")
-    panels[2].legend(loc="upper left", frameon=False, fontsize=8)
-    return figure
+        weights = np.full(len(value), 1 / len(value))
+        axes.hist(np.clip(value, bins[0], bins[-1]), bins, weights=weights, alpha=0.5, color=colour, label=name)
+    axes.set(xlabel="log p(x), nats (in the first bin all below)", ylabel="share")
+    axes.set_title("Density, in and out of the distribution")
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
 def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
@@ -206,23 +222,30 @@ def _outputs(model, x, rows=1000):
 # ---- Images
 
 
-def samples_figure(model: FlowDensity, x: torch.Tensor, classes: list[str], columns: int = 10):
-    """x: (n, C, H, W) in [0, 1] -> Figure: `columns` samples of each class, and lines between pairs of images."""
+def samples_figure(model: FlowDensity, x: torch.Tensor, classes: list[str], images: Callable, columns: int = 10):
+    """x: (n, ...) test samples -> Figure: `columns` samples of each class, and as many lines between pairs of x.
+
+    images: what makes (n, C, H, W) in [0, 1] of samples.
+    """
     k = min(len(classes), 12)
-    drawn = torch.cat([model.sample(columns, label) for label in range(k)]).clamp(0, 1)
-    ends = x[: 2 * (k // 2)]
-    z = model(ends).z
-    share = torch.linspace(0, 1, columns, device=x.device)[:, None]
-    lines = torch.cat([model.inverse(a + share * (b - a)) for a, b in zip(z[0::2], z[1::2], strict=True)]).clamp(0, 1)
-    figure, panels = _figure(1, 2, (11, 0.55 * k + 0.6))
-    for axes, images, title in zip(panels, (drawn, lines), ("Samples of each class", "Between images"), strict=True):
-        axes.imshow(_tiled(images, columns), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(title)
-        axes.axis("off")
+    drawn = torch.cat([model.sample(columns, label) for label in range(k)])
+    z = model(x[: 2 * k]).z
+    share = torch.linspace(0, 1, columns, dtype=z.dtype, device=x.device)[:, None]
+    lines = torch.cat([model.inverse(a + share * (b - a)) for a, b in zip(z[0::2], z[1::2], strict=False)])
+    figure, panels = _figure(1, 2, (11, 0.5 * k + 0.6))
+    for axes, samples, title in zip(panels, (drawn, lines), ("Samples of each class", "Between images"), strict=True):
+        shown = images(samples).clamp(0, 1)
+        axes.imshow(_tiled(shown, columns), cmap="gray", vmin=0, vmax=1)
+        axes.set(title=title, xticks=[], yticks=[], frame_on=False)
+    side = shown.shape[2] + 1  # of a tile with its margin
+    panels[0].set_yticks([side * (row + 0.5) for row in range(k)], classes[:k], fontsize=8)
+    panels[0].tick_params(length=0)
     return figure
 
 
 def _tiled(images, columns):
+    """images: (n, C, H, W) -> one picture of rows of `columns` tiles, with white pixels between them."""
+    images = F.pad(images, (0, 1, 0, 1), value=1.0)
     n, c, h, w = images.shape
     tiles = images.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
     return tiles.squeeze(-1).float().cpu().numpy()

@@ -65,6 +65,12 @@ class FlowState(TrainingState):
         rows = config.flow in ROW_FLOWS
         if table and not rows:
             raise UserError(f"{dataset.name} is a table and {config.flow} a flow of images: take --flow tabular")
+        if config.reversible and rows:
+            raise UserError(
+                f"reversible is for flows of images: {config.flow} keeps little, and knows no such gradient"
+            )
+        if config.reversible and config.compile:
+            raise UserError("reversible and compile exclude each other: a graph cannot be gone through backwards")
         if config.noise and not rows:
             raise UserError("noise is for rows: pixels have to stay in [0, 1], and are dequantised with noise anyway")
         self.views = not table and config.augment != "none"
@@ -167,7 +173,8 @@ class FlowState(TrainingState):
         dtype = next(self.objective.parameters()).dtype
         train = self._input(rows, "train", self.device).to(dtype), torch.from_numpy(known[rows])
         test = self._samples("test")
-        leave_figures(folder, self.ema.module.model, train, test, shuffled(test[0]), self.dataset.classes)
+        images = None if self.table else self._images
+        leave_figures(folder, self.ema.module.model, train, test, shuffled(test[0]), self.dataset.classes, images)
 
     def _labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The labelled training samples, as the flow sees them."""
@@ -198,6 +205,15 @@ class FlowState(TrainingState):
         """images: (n, 3, H, W) -> what the flow takes: (n, C, H, W), of a flow of rows (n, C H W)."""
         images = images[:, : self.channels]
         return images.flatten(1) if self.config.flow in ROW_FLOWS else images.contiguous()
+
+    def _images(self, x: torch.Tensor) -> torch.Tensor:
+        """What the flow takes, (n, C, H, W) or (n, C H W) -> (n, C, H, W) pixels in [0, 1]: undoes `_pixels`."""
+        mean, std = (
+            torch.tensor(v[: self.channels], dtype=x.dtype, device=x.device)
+            for v in (self.dataset.mean, self.dataset.std)
+        )
+        x = x.view(len(x), self.channels, *self.dataset.train_images.shape[1:3])
+        return x * std[:, None, None] + mean[:, None, None]
 
     def _samples(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The samples to be judged by and their labels, of this process's share, on the device."""

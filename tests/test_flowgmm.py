@@ -1,11 +1,13 @@
 """FlowGMM: its losses against their definition, the rules for the means, whole runs on toys, mistakes."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.colors import to_hex
 from test_step import NoReadBack
 from torch.nn import functional as F
 
@@ -14,9 +16,9 @@ import normatch.convert
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.flow_figures import reliability, temperature
+from normatch.flow_figures import COLOURS, plane_figure, reliability, samples_figure, temperature
 from normatch.flow_training import FlowState
-from normatch.flows import FlowClassifier, GaussianMixture, RealNVPTabular
+from normatch.flows import FlowClassifier, FlowOutput, GaussianMixture, RealNVPTabular
 from normatch.methods.flowgmm import MEANS, FlowGMM, place_means, simplex
 from normatch.optim import SCHEDULES, SWA
 from normatch.run import load_checkpoint
@@ -200,6 +202,76 @@ def test_images_train_an_image_flow(tmp_path):
     assert (tmp_path / "run" / "samples.png").stat().st_size > 5000
 
 
+def test_flows_train_in_bf16_and_fp64_and_in_a_graph(tmp_path, monkeypatch):
+    image = {**SMALL_IMAGES, "flow": "realnvp-1x1-actnorm"}
+    losses = {}
+    for precision, dtype in {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}.items():
+        torch.manual_seed(0)
+        state = FlowState(make_config("flowgmm-mnist-100", precision=precision, **image), CPU)
+        batch, seen = next(state.batches(0)), []
+        state.objective.model.register_forward_hook(lambda model, x, out, seen=seen: seen.append(out))
+        state.begin_step()
+        gradients, _ = state.gradients(batch)
+        state.update(gradients)
+        assert {v.dtype for out in seen for v in out} == {dtype} and state.finite()
+        losses[precision] = -seen[-1].log_prob.mean().item()
+    assert abs(losses["bf16"] / losses["fp32"] - 1) < 0.05 and losses["bf16"] != losses["fp32"]
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for preset, keys in {"flowgmm-mnist-100": image, "scnf-moons": {"hidden": 8, "ssl_hd": 8, "ssl_k": 1}}.items():
+        results = []
+        for mode in (None, "default"):
+            torch.manual_seed(0)
+            state = FlowState(make_config(preset, **keys), CPU)
+            step, batch = TrainStep(state, mode), next(state.batches(0))
+            state.begin_step()
+            torch.manual_seed(1)
+            results.append(step([batch]))
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+class Levels(torch.nn.Module):
+    """z = x, and samples of class k are k / 4 everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def sample(self, n, label):
+        self.asked.append(label)
+        return torch.full((n, 4), label / 4)
+
+    def forward(self, x):
+        return FlowOutput(x, None, None, None)
+
+    def inverse(self, z):
+        return z
+
+
+def test_pictures_show_what_they_say(tmp_path):
+    moons = FlowState(tiny(tmp_path), CPU)
+    x, y = torch.from_numpy(moons.dataset.train_x), torch.full((1000,), -1)
+    y[moons.split.labeled] = torch.from_numpy(moons.dataset.train_labels[moons.split.labeled])
+    model = moons.ema.module.model
+    with torch.inference_mode():
+        figure = plane_figure(model, x, y)
+        panels = figure.axes
+        titles = [axes.get_title().split()[0] for axes in panels[:6]]
+        assert titles == ["Data,", "In", "Decision", "Samples", "Through", "Density"]
+        marks = [c for c in panels[0].collections if len(c.get_offsets()) == 5]  # the labelled points of each class
+        for label, mark in enumerate(marks[-2:]):
+            assert np.allclose(sorted(mark.get_offsets().tolist()), sorted(x[y == label].tolist()))
+            assert to_hex(mark.get_facecolor()[0]) == COLOURS[label]
+
+        model, ends = Levels(), torch.tensor([[0.0] * 4, [0.9] * 4] * 3)
+        figure = samples_figure(model, ends, ["a", "b", "c"], lambda rows: rows.view(-1, 1, 2, 2), columns=4)
+    drawn, lines = (axes.images[0].get_array() for axes in figure.axes)
+    assert model.asked == [0, 1, 2] and drawn.shape == lines.shape == (9, 12)
+    assert drawn[0::3, 0].tolist() == [0, 0.25, 0.5] and np.allclose(lines[0, 0::3], [0, 0.3, 0.6, 0.9])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b", "c"]
+
+
 def test_swa_is_the_mean_of_the_weights_it_saw():
     layer = torch.nn.Linear(1, 1)
     swa, seen = SWA(layer, start=2, every=2), []
@@ -256,6 +328,10 @@ def test_mistakes_are_told_before_training():
         FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=10), CPU)
     with pytest.raises(UserError, match="noise is for rows"):
         FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, noise=0.1), CPU)
+    with pytest.raises(UserError, match="exclude each other"):
+        FlowState(make_config("flowgmm-mnist-100", reversible=True, compile=True, **SMALL_IMAGES), CPU)
+    with pytest.raises(UserError, match="reversible is for flows of images"):
+        state_of(x, [0, 1, 0, 1, -1, -1], ["a", "b"], reversible=True)
     with pytest.raises(UserError, match="a grey image has one"):
         FlowState(make_config("flowgmm-mnist-100", dataset="digits", num_labels=20, image_size=8, flow="glow"), CPU)
     for rule, message in {"split_dims": "2 dimensions are too few", "split_dims_v2": "stripes of an image"}.items():

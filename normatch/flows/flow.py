@@ -184,7 +184,8 @@ class _Reversible(torch.autograd.Function):
                 grads = torch.autograd.grad(outputs, [*leaves, *parameters], grads, allow_unused=True)
                 grad = sum(g for g in grads[: len(leaves)] if g is not None)
                 for parameter, g in zip(parameters, grads[len(leaves) :], strict=True):
-                    found[parameter] = g
+                    if g is not None:  # a network may be that of several couplings
+                        found[parameter] = found[parameter] + g if parameter in found else g
         return None, None, grad, *(found.get(p) for p in ctx.parameters)
 
 
