@@ -120,7 +120,7 @@ def test_density_of_a_flow_with_its_prior():
 def test_mistakes_in_the_calls_are_named():
     model = FlowClassifier(RealNVPTabular(3, 2, 8), GaussianMixture(torch.eye(3)))
     x = torch.zeros(2, 3)
-    for y, message in ((3, "0..2.*holds 3"), (torch.tensor([0, -2]), "holds -2"), (torch.zeros(3), "integers")):
+    for y, message in ((3, "0..2.*holds 3"), (torch.tensor([0, -2]), "holds -2"), (torch.zeros(3), "integer or 2 of")):
         with pytest.raises(ValueError, match=message):
             model.log_prob(x, y)
     with pytest.raises(ValueError, match="NaN"):
@@ -387,8 +387,15 @@ def test_shapes_that_do_not_fit_are_named():
         RealNVPMNIST(width=4, blocks=1).inverse(torch.zeros(2, 780))
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], but holds values from nan"):
         RealNVPMNIST(width=4, blocks=1)(torch.full((2, 1, 28, 28), torch.nan))
-    with pytest.raises(ValueError, match=r"floating type, not torch\.uint8, pixels in"):
-        RealNVPMNIST(width=4, blocks=1)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    for dtype in (torch.uint8, torch.float64):
+        with pytest.raises(TypeError, match=f"x is {dtype}, but the weights"):
+            RealNVPMNIST(width=4, blocks=1)(torch.zeros(2, 1, 28, 28, dtype=dtype))
+    model = FlowClassifier(RealNVPTabular(3, 2, 8), GaussianMixture(torch.eye(3)))
+    for call in (model, model.log_prob, model.class_probs, model.inverse):
+        with pytest.raises(TypeError, match="must be a tensor, not ndarray"):
+            call(np.zeros((2, 3), np.float32))
+        with pytest.raises(TypeError, match="is torch.float64, but the weights"):
+            call(torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="values from 0 to 255"):
         RealNVPMNIST(width=4, blocks=1)(255.0 * torch.eye(28).expand(2, 1, -1, -1))
     with pytest.raises(ValueError, match="one channel has no halves"):

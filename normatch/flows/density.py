@@ -40,7 +40,7 @@ class FlowDensity(nn.Module):
         out = self(self._without_nan(x))
         if y is None:
             return out.log_prob
-        y = self._checked_label(y, len(out.z), out.z.device)
+        y = checked_classes(y, len(out.z), len(self.log_class_prior()), out.z.device, least=-1)
         of_class = (out.class_log_prob - self.log_class_prior()).gather(1, y.clamp(min=0)[:, None])[:, 0] + out.logdet
         return torch.where(y < 0, out.log_prob, of_class)
 
@@ -55,22 +55,9 @@ class FlowDensity(nn.Module):
 
     @staticmethod
     def _without_nan(x):
-        # Only where looking costs nothing: a GPU would have to be waited for.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.isnan().any()):
+        if isinstance(x, torch.Tensor) and on_the_cpu(x) and bool(x.isnan().any()):
             raise ValueError("x has values that are NaN")
         return x
-
-    def _checked_label(self, y, n, device):
-        classes = len(self.log_class_prior())
-        y = torch.as_tensor(y, device=device)
-        if y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(f"y must be integers, not {y.dtype}")
-        if y.shape not in ((), (n,)):
-            raise ValueError(f"y must have shape ({n},) or be one integer, not shape {tuple(y.shape)}")
-        y = y.expand(n).long()
-        if device.type == "cpu" and n and not -1 <= int(y.min()) <= int(y.max()) < classes:
-            raise ValueError(f"y must lie in 0..{classes - 1}, or be -1 for no label, but holds {_outside(y, classes)}")
-        return y
 
 
 class GaussianMixture(nn.Module):
@@ -121,7 +108,28 @@ class GaussianMixture(nn.Module):
         return f"classes={self.classes}, features={self.features}"
 
 
-class FlowClassifier(FlowDensity):
+class MixtureDensity(FlowDensity):
+    """A FlowDensity with a Gaussian a class: `prior_parameters()` are its means (K, D), rho (K,) and logits (K,)."""
+
+    @torch.no_grad()
+    def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n latent points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
+        return sample_mixture(*self.prior_parameters(), n, y, generator)
+
+    def class_means(self) -> torch.Tensor:
+        """(K, D) the means of the mixture."""
+        return self.prior_parameters()[0]
+
+    def width(self) -> torch.Tensor:
+        """() the mean standard deviation of the mixture's components."""
+        return F.softplus(self.prior_parameters()[1]).mean()
+
+    def log_class_prior(self) -> torch.Tensor:
+        """(K,) log pi."""
+        return self.prior_parameters()[2].log_softmax(0)
+
+
+class FlowClassifier(MixtureDensity):
     """x: (N, ...) -> FlowOutput: FlowGMM, any flow with a Gaussian-mixture prior (Izmailov et al. 2020, eq. 3-5).
 
     flow: a module x -> z (N, D), logdet (N,), with `inverse`.   prior: the mixture over z.
@@ -146,22 +154,6 @@ class FlowClassifier(FlowDensity):
         """z: (N, D) -> x (N, ...)."""
         return self.flow.inverse(z)
 
-    def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n latent points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
-        return self.prior.sample(n, y, generator)
-
-    def class_means(self) -> torch.Tensor:
-        """(K, D) the means of the mixture."""
-        return self.prior.means
-
-    def width(self) -> torch.Tensor:
-        """() the mean standard deviation of the mixture's components."""
-        return F.softplus(self.prior.rho).mean()
-
-    def log_class_prior(self) -> torch.Tensor:
-        """(K,) log pi."""
-        return self.prior.mixture_logits.log_softmax(0)
-
     def prior_parameters(self) -> list[nn.Parameter]:
         """The mixture's means (K, D), rho (K,) and logits (K,)."""
         return [self.prior.means, self.prior.rho, self.prior.mixture_logits]
@@ -182,16 +174,35 @@ def draw_classes(shares: torch.Tensor, n: int, generator: torch.Generator | None
     return torch.multinomial(shares, max(n, 1), replacement=True, generator=generator)[:n]
 
 
-def checked_classes(label, n: int, classes: int, device: torch.device) -> torch.Tensor:
-    """An int or (n,) integers -> (n,) of them. Raises ValueError where they are not among the K classes."""
-    label = torch.as_tensor(label, device=device)
+def checked_classes(label, n: int, classes: int, device: torch.device, least: int = 0) -> torch.Tensor:
+    """An int or (n,) integers -> (n,) of them, on the device.
+
+    Raises ValueError for anything else and, of labels on the CPU, for those outside least..K-1.
+    """
+    label = torch.as_tensor(label)
     if label.is_floating_point() or label.dtype == torch.bool or label.shape not in ((), (n,)):
         raise ValueError(f"label must be an integer or {n} of them, not {label.dtype} of shape {tuple(label.shape)}")
-    label = label.expand(n).long()
-    if n and not 0 <= int(label.min()) <= int(label.max()) < classes:
-        raise ValueError(f"label must lie in 0..{classes - 1}")
-    return label
+    outside = label[(label < least) | (label >= classes)] if label.device.type == "cpu" else ()
+    if len(outside):
+        unlabelled = ", or be -1 for none" if least < 0 else ""
+        raise ValueError(f"label must lie in 0..{classes - 1}{unlabelled}, but holds {int(outside[0])}")
+    return label.to(device).expand(n).long()
 
 
-def _outside(y, classes):
-    return int(y[(y < -1) | (y >= classes)][0])
+def checked_samples(x, name: str, shape: tuple[int, ...], like: torch.Tensor | None = None) -> torch.Tensor:
+    """x, where it is a tensor (N, *shape) of floats, and of the type of `like`, the weights, unless autocast is on.
+
+    Raises TypeError and ValueError.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if x.ndim != 1 + len(shape) or tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} must have shape (N, {', '.join(map(str, shape))}), not {tuple(x.shape)}")
+    if like is not None and x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} is {x.dtype}, but the weights are {like.dtype}: they must be of one floating type")
+    return x
+
+
+def on_the_cpu(x: torch.Tensor) -> bool:
+    """Whether values may be looked at: on a GPU that would wait for it, and a compiled graph cannot."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .density import checked_samples, on_the_cpu
 from .layers import ActNorm, FactorOut, Squeeze, dequantize, rebuild
 
 
@@ -25,7 +26,8 @@ class Flow(nn.Module):
     (Gomez et al. 2017), so that the memory does not grow with the number of layers; it costs each coupling's network
     once more.
 
-    Raises ValueError for x or z of another shape, and on the CPU for pixels outside [0, 1].
+    Raises ValueError for x or z of another shape and on the CPU for pixels outside [0, 1], TypeError for another type
+    than that of the weights.
     """
 
     def __init__(
@@ -53,10 +55,7 @@ class Flow(nn.Module):
         self._pieces.append(shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x must have shape (N, {', '.join(map(str, self.shape))}), not {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"x must be of a floating type, not {x.dtype}" + ", pixels in [0, 1]" * bool(self.levels))
+        checked_samples(x, "x", self.shape, next(self.parameters(), None))
         if self.levels:
             if on_the_cpu(x) and not bool(((x >= 0) & (x <= 1)).all()):
                 raise ValueError(f"x must lie in [0, 1], but holds values from {x.min():g} to {x.max():g}")
@@ -67,7 +66,7 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z: (N, D) -> x (N, *shape)."""
-        x, *pieces = self._split(z)
+        x, *pieces = self._split(checked_samples(z, "z", (self.features,), next(self.parameters(), None)))
         for layer in reversed(self.layers):
             x = layer.inverse(x, pieces.pop(0)) if isinstance(layer, FactorOut) else layer.inverse(x)
         return (x * self.levels - 0.5) / (self.levels - 1) if self.levels else x
@@ -85,18 +84,11 @@ class Flow(nn.Module):
 
     def _split(self, z):
         """z: (N, D) -> its pieces, as images, in the order in which the inverse needs them."""
-        if z.ndim != 2 or z.shape[1] != self.features:
-            raise ValueError(f"z must have shape (N, {self.features}), not {tuple(z.shape)}")
         pieces = z.split([math.prod(shape) for shape in self._pieces], 1)
         return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self._pieces, strict=True)][::-1]
 
     def extra_repr(self):
         return f"shape={self.shape}, levels={self.levels}, reversible={self.reversible}"
-
-
-def on_the_cpu(x: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU that would wait for it, and a compiled graph cannot."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @torch.no_grad()

@@ -4,10 +4,9 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .. import ops
-from .density import FlowDensity, FlowOutput, sample_mixture
+from .density import FlowOutput, MixtureDensity, checked_samples
 
 
 class Coupling(nn.Module):
@@ -84,7 +83,7 @@ class Coupling(nn.Module):
         self.gain.copy_((state[f"{prefix}rescale.weight_g"] * state[f"{prefix}rescale.weight_v"].sign())[changed])
 
 
-class FlowHead(FlowDensity):
+class FlowHead(MixtureDensity):
     """x: (N, D) fp32/bf16/fp16 -> FlowOutput(z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,)).
 
     NorMatch's flow classifier (Deng et al. 2024): `couplings` affine couplings on alternating halves, then a mixture
@@ -127,7 +126,7 @@ class FlowHead(FlowDensity):
         self.mixture_logits = nn.Parameter(torch.ones(classes), requires_grad=trainable_prior)
 
     def forward(self, x: torch.Tensor) -> FlowOutput:
-        self._check(x, "x")
+        checked_samples(x, "x", (self.features,))
         if x.dtype != self.means.dtype and torch.float64 in (x.dtype, self.means.dtype):
             x = x.to(self.means.dtype)
         seed = None
@@ -142,7 +141,7 @@ class FlowHead(FlowDensity):
 
     def inverse(self, z: torch.Tensor) -> torch.Tensor:
         """z: (N, D) -> x (N, D) with `head(x).z == z`, in evaluation mode (dropout is not invertible)."""
-        self._check(z, "z")
+        checked_samples(z, "z", (self.features,))
         with torch.autocast(z.device.type, enabled=False):
             x = z.to(self.means.dtype)
             for coupling in reversed(self.couplings):
@@ -153,19 +152,6 @@ class FlowHead(FlowDensity):
     def sample(self, n: int, label=None, generator: torch.Generator | None = None) -> torch.Tensor:
         """n features (n, D) drawn from the density, of class `label` (an int, or one a row (n,)) or of the mixture."""
         return self.inverse(self.sample_latent(n, label, generator))
-
-    @torch.no_grad()
-    def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n latent points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
-        return sample_mixture(self.means, self.rho, self.mixture_logits, n, y, generator)
-
-    def class_means(self) -> torch.Tensor:
-        """(K, D) the means of the mixture."""
-        return self.means
-
-    def width(self) -> torch.Tensor:
-        """() the mean standard deviation of the mixture's components."""
-        return F.softplus(self.rho).mean()
 
     def log_class_prior(self) -> torch.Tensor:
         """(K,) log pi."""
@@ -199,7 +185,3 @@ class FlowHead(FlowDensity):
 
     def extra_repr(self):
         return f"features={self.features}, classes={self.classes}"
-
-    def _check(self, x, name):
-        if x.ndim != 2 or x.shape[1] != self.features:
-            raise ValueError(f"{name} must have shape (N, {self.features}), not {tuple(x.shape)}")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import UserError
-from .density import GaussianMixture
+from .density import GaussianMixture, checked_samples
 from .flow import Flow, load_weights
 from .head import Coupling
 from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, Squeeze
@@ -101,9 +101,7 @@ class RealNVPTabular(nn.Module):
         return f"features={self.features}"
 
     def _check(self, x, name):
-        if x.ndim != 2 or x.shape[1] != self.features:
-            raise ValueError(f"{name} must have shape (N, {self.features}), not {tuple(x.shape)}")
-        return x
+        return checked_samples(x, name, (self.features,), self.couplings[0].gain)
 
 
 # ---- Images -------------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ class SCNF(FlowDensity):
     def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x: (N, *shape), y: (N,) -> z_f (N, D), z_h (N, deep) given those classes."""
         z = self.f(x)[0]
-        return z, self.h(self._split(z)[1], self.embedding[self._checked_label(y, len(x), z.device)])[0]
+        return z, self.h(self._split(z)[1], self.embedding[checked_classes(y, len(x), self.classes, z.device)])[0]
 
     @torch.no_grad()
     def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> Tensor:
