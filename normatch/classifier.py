@@ -42,7 +42,7 @@ class ClassifierState(TrainingState):
         self.images_per_step = config.batch_size * (1 + 2 * uratio)
         self.bf16 = uses_bf16(config.precision, device)
         self.augment_backend = choose_backend(config.augment_backend, device)
-        self.views = StepViews(
+        self.draws = StepViews(
             self.dataset,
             self.split,
             config.augment,
@@ -81,7 +81,7 @@ class ClassifierState(TrainingState):
         config = self.config
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         start, stop = start * config.accumulate, config.steps * config.accumulate
-        return make_batches(self.views, start, stop, self.augment_backend, self.device, dtype, config.num_workers)
+        return make_batches(self.draws, start, stop, self.augment_backend, self.device, dtype, config.num_workers)
 
     def begin_step(self) -> float:
         config = self.config

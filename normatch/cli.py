@@ -285,20 +285,30 @@ def _embed(options) -> int:
 
 
 def _predict(options) -> int:
+    import numpy as np
+
     from . import distributed
     from .evaluation import find_images, load
 
     model = load(options.checkpoint, distributed.start(options.device), options.dataset)
-    paths = find_images(options.images)
+    paths, unreadable = find_images(options.images), 0
     for start in range(0, len(paths), 500):
-        part = paths[start : start + 500]
-        confidence, classes = model.predict_proba(part).max(1)
-        for path, p, k in zip(part, confidence.tolist(), classes.tolist(), strict=True):
+        images = {}
+        for path in paths[start : start + 500]:
+            try:
+                images[path] = model.read(path)
+            except UserError as error:  # one bad file costs nobody the others
+                print(f"normatch: {error}", file=sys.stderr)
+                unreadable += 1
+        if not images:
+            continue
+        confidence, classes = model.predict_proba(np.stack(list(images.values()))).max(1)
+        for path, p, k in zip(images, confidence.tolist(), classes.tolist(), strict=True):
             if options.json:
                 print(json.dumps({"image": str(path), "class": model.classes[k], "probability": p}))
             else:
                 print(f"{path}\t{model.classes[k]}\t{p:.3f}")
-    return 0
+    return 1 if unreadable else 0
 
 
 def _info(options) -> int:

@@ -56,7 +56,7 @@ class Model(nn.Module):
         Of a model of a table: rows (N, D), in the units of the data set.
         """
         if not isinstance(images, (np.ndarray, torch.Tensor)):
-            images = np.stack([self._read(image) for image in images])
+            images = np.stack([self.read(image) for image in images])
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, requirements="W"))  # copied only if it is read-only
         if self.image_size is None:
@@ -73,7 +73,8 @@ class Model(nn.Module):
         """images: as in `predict_proba` -> (N,) class indices, into `classes`."""
         return self.predict_proba(images).argmax(1)
 
-    def _read(self, image):
+    def read(self, image) -> np.ndarray:
+        """A PIL image or a file's path -> (H, W, 3) uint8, as the model takes it. Raises UserError for no image."""
         if not isinstance(image, Image.Image):
             try:
                 image = read_image(image)

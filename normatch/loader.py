@@ -239,7 +239,8 @@ def make_batches(
     if resident is None:
         resident = in_memory and (device.type == "cpu" or _fits(images.nbytes, device))
     if resident:
-        return Batches(_resident(views, start, stop, device, dtype), name, reason)
+        batches = _resident(views, start, stop, device, dtype)
+        return Batches(_beside(batches, device) if device.type == "cuda" else batches, name, reason)
     stop_thread = threading.Event()
     batches = _streamed(views, start, stop, device, dtype, stop_thread)
     origin = "" if in_memory else " from their files"
@@ -321,6 +322,23 @@ def _resident(views: StepViews, start: int, stop: int, device: torch.device, dty
             }
         step += count
         ahead = min(_AHEAD, 2 * ahead)
+
+
+def _beside(batches: Iterator[dict[str, Tensor]], device: torch.device):
+    """The same batches, each made on a stream of its own while the GPU works on the one before."""
+    side = torch.cuda.Stream(device)
+
+    def make():
+        # The side stream takes up memory of batches that were let go of: after the steps queued so far have read them.
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            return next(batches, None)
+
+    following = make()
+    while (batch := following) is not None:
+        torch.cuda.current_stream(device).wait_stream(side)
+        following = make()
+        yield batch
 
 
 def row_batches(

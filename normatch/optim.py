@@ -78,22 +78,24 @@ class AdamW(Optimizer):
 
     def __init__(self, groups: list[dict], lr: float):
         super().__init__(groups, lr)
-        self.register_buffer("steps", torch.zeros_like(self.lr))
+        # A whole number: torch.compile forgets what a graph adds to a scalar in float64 on the CPU.
+        self.register_buffer("steps", torch.zeros_like(self.lr, dtype=torch.int64))
 
     def step(self, gradients):
         self.steps.add_(1)
         super().step(gradients)
 
     def rule(self, parameters, gradients, decay, means, squares):
+        steps = self.steps.to(self.lr.dtype)
         torch._foreach_mul_(parameters, 1 - self.lr * decay)
         torch._foreach_lerp_(means, gradients, 1 - self.beta1)
         torch._foreach_mul_(squares, self.beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - self.beta2)
         scales = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scales, (1 - self.beta2**self.steps).sqrt())
+        torch._foreach_div_(scales, (1 - self.beta2**steps).sqrt())
         torch._foreach_add_(scales, self.eps)
         moves = torch._foreach_div(means, scales)
-        torch._foreach_mul_(moves, self.lr / (1 - self.beta1**self.steps))
+        torch._foreach_mul_(moves, self.lr / (1 - self.beta1**steps))
         torch._foreach_sub_(parameters, moves)
 
 

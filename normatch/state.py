@@ -1,5 +1,6 @@
 """What a run trains: the state that steps change and checkpoints hold, whatever the method."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -8,13 +9,14 @@ from torch import nn
 from . import __version__, distributed
 from .config import Config
 from .errors import UserError
-from .loader import Batches
+from .loader import Batches, StepViews
 
 
 class TrainingState:
     """All that changes during a run. A subclass is a family of methods; its constructor takes (config, device) and sets
 
         dataset, split   what is trained on: `dataset.name`, `dataset.classes`, `split.validation`, `split.sha256`
+        draws            `StepViews` of them, or `StepDraws` where there are no views
         objective        nn.Module: batch (a dict of tensors), step (a tensor) -> loss, metrics; all that is trained
         optimizers       name in the checkpoint -> one of normatch.optim, or of torch.optim where `one_graph` is False
         ema              `EMA` of the objective, or what has its `module` and `update`: the weights that are evaluated
@@ -82,6 +84,7 @@ class TrainingState:
             "config": self.config.model_dump(),
             "classes": list(self.dataset.classes),
             "split": self.split.sha256,
+            "policy": self._policy(),
             "held_out": len(self.split.validation),
             "step": self.step,
             "best": self.best,
@@ -99,6 +102,13 @@ class TrainingState:
         """Go on from a checkpoint. Raises `UserError` where it does not belong to this run."""
         if content["split"] != self.split.sha256:
             raise UserError("the checkpoint was trained on other labelled images than this data set and seed give")
+        saved, policy = content.get("policy"), self._policy()
+        if saved and policy and saved != policy:  # a file of one may have been edited in between
+            field = next(name for name in policy if saved.get(name) != policy[name])
+            raise UserError(
+                f"the augmentation policy {self.config.augment} has changed since the checkpoint was made: {field} was "
+                f"{saved.get(field)}, is {policy[field]}"
+            )
         if content["step"] >= self.config.steps:
             raise UserError(
                 f"this run has finished: its checkpoint is of step {content['step']} of {self.config.steps}"
@@ -121,6 +131,10 @@ class TrainingState:
         """Put the averaged weights of a checkpoint in the place of these, for a last evaluation."""
         content = torch.load(path, map_location=self.device, weights_only=True)
         self.ema.module.load_state_dict(content["ema"])
+
+    def _policy(self) -> dict | None:
+        """What the views of this run are made by, as plain values: their configuration may only name a file of it."""
+        return asdict(self.draws.policy) if isinstance(self.draws, StepViews) else None
 
     def _cuda_rng(self) -> torch.Tensor | None:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None

@@ -12,7 +12,7 @@ from PIL import Image
 
 import normatch
 from normatch.cli import main
-from normatch.data import load_dataset
+from normatch.data import Split, load_dataset
 
 QUICK = ["--backbone", "wrn-10-1", "--steps", "4", "--batch_size", "8", "--uratio", "1", "--num_workers", "0"]
 QUICK += ["--device", "cpu"]
@@ -44,6 +44,17 @@ def test_train_prints_the_configuration_and_the_result(tmp_path, capsys):
     assert "method: fixmatch" in captured.err and "steps: 4" in captured.err
     assert "test accuracy" in captured.out and str(tmp_path / "run") in captured.out
     assert "step 4/4" in captured.err and "views/s" in captured.err and "ETA" in captured.err
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "supervised"])
+def test_all_labels(tmp_path, capsys, method):
+    """Supervised, and with consistency on the same images: every label that there is."""
+    out = tmp_path / "run"
+    assert main(["train", *QUICK, "--method", method, "--num_labels", "0", "--out", str(out)]) == 0
+    assert "all labels" in capsys.readouterr().out
+    split = Split.load(out / "split.npz")
+    everything = list(range(len(load_dataset("digits").train_labels)))
+    assert split.labeled.tolist() == split.unlabeled.tolist() == everything
 
 
 def test_no_progress_is_quiet(tmp_path, capsys):
@@ -82,6 +93,17 @@ def test_predict(run_folder, tmp_path, capsys):
     assert [r["image"] for r in rows] == [str(tmp_path / f"{i}.png") for i in range(3)]
     assert main(["predict", str(run_folder), str(tmp_path / "0.png")]) == 0
     assert capsys.readouterr().out.split("\t")[1] == str(expected[0])
+
+
+def test_predict_goes_on_after_a_file_that_is_no_image(run_folder, tmp_path, capsys):
+    for name in ("a.png", "c.png"):
+        Image.fromarray(load_dataset("digits").test_images[0]).save(tmp_path / name)
+    (tmp_path / "b.png").write_text("not an image")
+    capsys.readouterr()
+    assert main(["predict", str(run_folder), str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert [line.split("\t")[0] for line in captured.out.splitlines()] == [str(tmp_path / f"{n}.png") for n in "ac"]
+    assert len(captured.err.splitlines()) == 1 and str(tmp_path / "b.png") in captured.err
 
 
 def test_predict_resizes_and_converts(run_folder, tmp_path, capsys):
@@ -200,6 +222,20 @@ def test_checkpoint_of_another_method_or_setting(capsys, run_folder, tmp_path):
     resume = ["--resume", run_folder, "--out", tmp_path / "r"]
     refused(capsys, ["train", *QUICK, "--method", "fixmatch", *resume], "normatch", "fixmatch")
     refused(capsys, ["train", *QUICK, "--lr", "0.5", *resume], "lr")
+
+
+def test_an_edited_policy_is_noticed(capsys, tmp_path):
+    policy, out = tmp_path / "mine.yaml", tmp_path / "run"
+    policy.write_text("base: kekmodel\nprobability: 0.7\n")
+    keys = [*QUICK, "--augment", policy, "--eval_every", "2", "--out", out]
+    assert main(["train", *map(str, keys)]) == 0
+    for name in ("last.pt", "best.pt"):  # as if it had been stopped at step 2
+        (out / "checkpoints" / name).unlink()
+    (out / "summary.json").unlink()
+    policy.write_text("base: kekmodel\nprobability: 0.9\n")
+    refused(capsys, ["train", *keys, "--resume", "auto"], policy, "probability was 0.7, is 0.9")
+    policy.write_text("base: kekmodel\nprobability: 0.7\n")
+    assert main(["train", *map(str, keys), "--resume", "auto"]) == 0
 
 
 def test_an_image_that_is_not_one(capsys, run_folder, tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from real_data import ROOT
 from torch import nn
 
 from normatch.distributed import synchronize_batch_norm
@@ -22,9 +23,12 @@ KEYS += ["--precision", "fp64"]  # in fp32 rounding alone grows to 1e-2 within 5
 
 
 def torchrun(ranks, out, *keys):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "normatch", "train", *KEYS, *keys, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return launch(ranks, "-m", "normatch", "train", *KEYS, *keys, "--out", str(out))
+
+
+def launch(ranks, *program):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -87,6 +91,29 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_on_fewer(tmp_path)
     step = load_checkpoint(out)["step"]
     finished(torchrun(1, out, *keys, "--resume", "auto"))
     assert json.loads((out / "summary.json").read_text())["resumed_from_step"] == step < 50
+
+
+COMPILED = """
+import functools, sys, torch
+from torch import nn
+import normatch
+
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs, without the time a compiler takes
+for name in ("eager", "compiled"):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4), nn.BatchNorm2d(6), nn.ReLU())
+    normatch.train(
+        backbone=backbone, compile=name == "compiled", sync_bn=True, steps=3, batch_size=4, uratio=1, eval_every=3,
+        log_every=1, couplings=1, dropout=0.0, precision="fp64", device="cpu", out=f"{sys.argv[1]}/{name}",
+    )
+"""
+
+
+def test_compiled_processes_train_like_eager_ones(tmp_path):
+    (tmp_path / "train.py").write_text(COMPILED)
+    finished(launch(2, str(tmp_path / "train.py"), str(tmp_path)))
+    eager, compiled = (losses(tmp_path / name) for name in ("eager", "compiled"))
+    assert len(eager) == 3 and (eager - compiled).abs().max() < 1e-6
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from real_data import ROOT
 
-from normatch import ops
+from normatch import loader, ops
 from normatch.augment import POLICIES, View, draw_parameters, normalize, strong_views, weak_views
 from normatch.data import LABELED, Dataset, load_dataset, split_labels
 from normatch.errors import UserError
@@ -386,3 +387,34 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(dataset, resident):
     for batch, want in zip(got, make_batches(steps, 0, 80), strict=True):
         assert all(value.device.type == "cuda" for value in batch.values())
         assert_same({key: value.cpu() for key, value in batch.items()}, want)
+
+
+@pytest.mark.gpu
+def test_batches_made_beside_a_step_are_whole_and_not_written_over(dataset):
+    steps, got = views(dataset), []
+    for batch in make_batches(steps, 0, 40, device="cuda", resident=True):
+        torch.cuda._sleep(5_000_000)  # this step is still to come when the next batch is made
+        got.append(batch["images"].double().sum((1, 2, 3)))
+    want = [batch["images"].double().sum((1, 2, 3)) for batch in make_batches(steps, 0, 40)]
+    torch.testing.assert_close(torch.stack(got).cpu(), torch.stack(want))
+
+
+def test_the_next_batch_is_made_before_this_one_is_handed_out(monkeypatch):
+    """And each stream waits for the other: for memory that is free again, for the batch. No GPU: streams by name."""
+    told = []
+
+    class Stream:
+        def __init__(self, device):
+            self.name = device
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    made = (told.append(f"{n} made") or {"n": n} for n in range(2))
+    for batch in loader._beside(made, "device"):
+        told.append(f"{batch['n']} used")
+    turn = ["main waits for side", "side waits for main"]
+    assert told == [turn[1], "0 made", *turn, "1 made", "0 used", *turn, "1 used"]

@@ -168,9 +168,12 @@ def test_fixmatch_step(golden, setting, variant):
 def test_fixmatch_pseudo_labels(golden):
     data = golden("fixmatch_step_k10")
     weak, strong = (torch.tensor(data[f"in/logits_u_{k}"]).double() for k in "ws")
-    _, mask, pseudo_label = consistency(weak, strong, T=0.5, p_cutoff=0.95, hard_label=True, mask_temperature=0.5)
+    _, mask, confidence, pseudo_label = consistency(
+        weak, strong, T=0.5, p_cutoff=0.95, hard_label=True, mask_temperature=0.5
+    )
     assert np.array_equal(mask.numpy(), data["out64/kek/T05_t95/mask"])
     assert np.array_equal(pseudo_label.numpy(), data["out64/kek/T05_t95/pseudo"])
+    assert torch.equal(mask.bool(), confidence >= 0.95)
 
 
 def test_supervised_is_the_cross_entropy():

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from normatch.classifier import FlowOptimizer
 from normatch.flows import FlowHead
-from normatch.optim import EMA, SGD, cosine_7_16, decay_groups
+from normatch.optim import EMA, SGD, AdamW, cosine_7_16, decay_groups
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-12), (torch.float32, 4 * 3e-7)])
@@ -138,3 +138,20 @@ def test_sgd(golden):
     for name, value in net.state_dict().items():
         want = data[f"out64/sgd_kek/{name}"]
         assert np.abs(value.numpy() - want).max() <= 1e-9 * np.abs(want).max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_compiled_step_counts_like_an_eager_one(dtype):
+    """In a graph of its own, as with several processes or parts of a batch."""
+    torch._dynamo.reset()
+    gradients = [torch.randn(3, 2, dtype=dtype), torch.randn(2, dtype=dtype)]
+    moved = []
+    for compiled in (False, True):
+        parameters = [nn.Parameter(torch.ones_like(g)) for g in gradients]
+        adamw = AdamW([{"params": parameters, "weight_decay": 0.1}], 1e-2)
+        step = torch.compile(adamw.step, backend="aot_eager", fullgraph=True) if compiled else adamw.step
+        for _ in range(3):
+            step(gradients)
+        assert adamw.steps == 3
+        moved.append(torch.cat([p.detach().flatten() for p in parameters]))
+    assert torch.allclose(*moved, rtol=1e-6 if dtype == torch.float32 else 1e-14)

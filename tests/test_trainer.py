@@ -1,12 +1,15 @@
 """Whole runs on the bundled digits, small: learning, the run folder, resuming, validation, published behaviour."""
 
 import json
+import re
 import resource
 import signal
 
 import pytest
 import torch
 import yaml
+from real_data import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import normatch
@@ -28,6 +31,9 @@ TINY = {
     "progress": False,
     "device": "cpu",
 }
+
+
+METRICS = (ROOT / "docs" / "metrics.md").read_text().splitlines()
 
 
 def tiny(out, **keys):
@@ -61,7 +67,10 @@ def test_training_teaches_and_leaves_a_run_folder(tmp_path, method):
     assert yaml.safe_load((out / "config.yaml").read_text())["method"] == method
     assert json.loads((out / "env.json").read_text())["torch"] == torch.__version__
     assert Split.load(out / "split.npz").sha256 == summary["split_sha256"]
-    assert list((out / "tb").iterdir())
+    recorded = {f"{r['kind']}/{name}" for r in (*train, *evaluations) for name in r.keys() - {"step", "kind"}}
+    assert set(EventAccumulator(str(out / "tb")).Reload().Tags()["scalars"]) == recorded
+    documented = re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in METRICS if line.startswith("| `")))
+    assert {name.partition("/")[2] for name in recorded} <= set(documented)
     for name in ("last", "best"):
         torch.load(out / "checkpoints" / f"{name}.pt", weights_only=True)
     assert not list(out.rglob("*.new"))

@@ -131,7 +131,7 @@ def make_providers(config: Config, device: torch.device, compiled: bool) -> dict
     """The published step, the closed form, ours, and the backbone alone, eager and compiled."""
     found = {}
     state = fresh_state(config.model_copy(update=PUBLISHED), device)
-    views = make_batches(state.views, 0, config.steps, "pil", device, num_workers=2)
+    views = make_batches(state.draws, 0, config.steps, "pil", device, num_workers=2)
     found["published"] = Provider(state, published_step(state), views, pause=0.1)
     for suffix, mode in (("", None), (", compiled", "default"))[: 1 + compiled]:
         for name, close in (("closed form", True), ("normatch", False)):

@@ -25,7 +25,7 @@ class FixMatch(nn.Module):
         n = len(u_y)
         logits_x, logits_weak, logits_strong = logits.split((len(y), n, n))
         loss_x = F.cross_entropy(logits_x, y)
-        loss_u, mask, pseudo_label = consistency(
+        loss_u, mask, confidence, pseudo_label = consistency(
             logits_weak,
             logits_strong,
             config.T,
@@ -39,13 +39,14 @@ class FixMatch(nn.Module):
             "loss_x": average(loss_x),
             "loss_u": average(loss_u),
             "mask_ratio": average(mask),
+            "confidence": average(confidence),
             "pseudo_label_accuracy": average(right, known),
             "pseudo_label_accuracy_high_confidence": average(right, known & mask.bool()),
         }
 
 
 def consistency(logits_weak, logits_strong, T, p_cutoff, hard_label, mask_temperature=1.0):
-    """logits_weak, logits_strong: (N_u, K) -> L_u (scalar), mask (N_u,), pseudo-labels (N_u,).
+    """logits_weak, logits_strong: (N_u, K) -> L_u (scalar), mask, confidence, pseudo-labels (N_u,).
 
     L_u = 1/N_u sum_i 1[max_k p_ik >= p_cutoff] H(target_i, softmax(logits_strong_i)), eq. 4 of the paper, the mean
     over all rows. The target is argmax_k p_ik, or with soft labels softmax(logits_weak / T), eq. 5.
@@ -56,4 +57,4 @@ def consistency(logits_weak, logits_strong, T, p_cutoff, hard_label, mask_temper
     mask = (confidence >= p_cutoff).to(logits_strong.dtype)
     target = pseudo_label if hard_label else (logits_weak / T).softmax(1)
     loss_u = (F.cross_entropy(logits_strong, target, reduction="none") * mask).mean()
-    return loss_u, mask, pseudo_label
+    return loss_u, mask, confidence, pseudo_label

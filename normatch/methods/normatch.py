@@ -86,6 +86,7 @@ class NorMatch(nn.Module):
             "consensus_ratio": average(agree),
             "high_confidence_ratio": average(confidence >= config.p_cutoff),
             "disagreement_weight": average(weight, ~agree),
+            "confidence": average(confidence),
             "flow_confidence": average(votes[0].softmax(1).amax(1)),
             "pseudo_label_accuracy": average(right, known),
             "pseudo_label_accuracy_consensus": average(right, known & agree),
