@@ -184,8 +184,9 @@ def _spell_check(arguments: list[str]) -> list[str]:
             result.append(argument)
             continue
         key = canonical(name)
-        if isinstance(key, tuple):
-            result += [f"--{key[0]}", key[1]] if value.lower() not in ("false", "0", "no", "off") else []
+        if isinstance(key, dict):
+            on = value.lower() not in ("false", "0", "no", "off")
+            result += [f"--{ours}={implied}" for ours, implied in key.items() if on]
         elif key is None:
             print(f"normatch: {argument} is not needed here and does nothing", file=sys.stderr)
         else:

@@ -518,7 +518,7 @@ PRESETS = {
     },
 }
 
-# Published flag -> ours. A pair also fixes the value: the flag stands for `key value`.
+# Published flag -> ours, or the values of ours that the flag alone stands for.
 ALIASES = {
     "num_labeled": "num_labels",
     "total_steps": "steps",
@@ -535,11 +535,11 @@ ALIASES = {
     "arch": "backbone",
     "net": "backbone",
     "flow_dist_trainable": "trainable_prior",
-    "no_onehot": ("hard_label", "false"),
-    "no_grad_clip": ("clip", "0"),
-    "no_progress": ("progress", "false"),
-    "use_two_flows": ("third_voter", "flow"),
-    "amp": ("precision", "bf16"),
+    "no_onehot": {"hard_label": "false"},
+    "no_grad_clip": {"clip": "0"},
+    "no_progress": {"progress": "false"},
+    "use_two_flows": {"third_voter": "flow"},
+    "amp": {"precision": "bf16"},
     "data": "dataset",
     "supervised": "num_labels",
     "sup_weight": "label_weight",
@@ -547,7 +547,9 @@ ALIASES = {
     "max_grad_norm": "clip",
     "unlab_weight": "lambda_u",
     "cov_std": "sigma",
-    "supervised_only": ("lambda_u", "0"),
+    "data_path": "data_dir",
+    "supervised_only": {"lambda_u": "0"},
+    "gmm_trainable": {"means_trainable": "true", "weights_trainable": "true", "covs_trainable": "true"},
 }
 
 
@@ -555,8 +557,8 @@ ALIASES = {
 UNNEEDED = ("expand_labels", "nesterov", "use_ema", "opt_level", "gpu_id", "local_rank")
 
 
-def canonical(name: str) -> str | tuple[str, str] | None:
-    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), (key, value) where it implies one, or None."""
+def canonical(name: str) -> str | dict[str, str] | None:
+    """A key as the user wrote it (`num-labeled`) -> ours (`num_labels`), or the values that it implies, or None."""
     name = name.replace("-", "_")
     if name in Config.model_fields:
         return name
@@ -663,10 +665,9 @@ def _canonical_keys(keys: dict) -> dict:
         name = canonical(str(name))
         if name is None or (name == "backbone" and str(value).lower() in ("wideresnet", "resnet")):
             continue  # a published flag that has nothing to say here: the preset knows the network
-        if isinstance(name, tuple):  # a published on/off flag
-            if str(value).lower() in ("false", "0", "no", "off"):
-                continue
-            name, value = name
+        if isinstance(name, dict):  # a published on/off flag
+            result.update({} if str(value).lower() in ("false", "0", "no", "off") else name)
+            continue
         optional = type(None) in get_args(Config.model_fields[name].annotation)
         result[name] = None if optional and str(value).lower() == "none" else value
     return result

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from normatch.cli import _spell_check
 from normatch.config import ALIASES, PRESETS, Config, make_config
 from normatch.errors import UserError
 
@@ -73,6 +74,12 @@ def test_published_names_are_accepted():
     assert (config.num_labels, config.uratio, config.p_cutoff, config.weight_decay) == (250, 3, 0.9, 1e-3)
     assert (config.hard_label, config.precision) == (False, "bf16")
     assert make_config(amp=False).precision == "auto"
+    flow = make_config("flowgmm-mnist-100", gmm_trainable=True, swa_freq=5, max_grad_norm=3, supervised_only=False)
+    assert flow.means_trainable and flow.weights_trainable and flow.covs_trainable
+    assert (flow.swa_every, flow.clip, flow.lambda_u) == (5, 3, 1)
+    given = _spell_check(["train", "moons", "--gmm-trainable", "--supervised_only=no", "--use_two_flows"])
+    assert given[2:5] == [f"--{name}_trainable=true" for name in ("means", "weights", "covs")]
+    assert given[5:] == ["--third_voter=flow"]
 
 
 def test_published_command_lines_are_understood():
@@ -87,7 +94,7 @@ def test_none_means_none_where_a_key_may_be_empty():
 
 
 def test_aliases_lead_somewhere():
-    targets = {ours if isinstance(ours, str) else ours[0] for ours in ALIASES.values()}
+    targets = {key for ours in ALIASES.values() for key in ([ours] if isinstance(ours, str) else ours)}
     assert targets <= set(Config.model_fields) and not set(ALIASES) & set(Config.model_fields)
 
 
