@@ -380,6 +380,66 @@ def test_state_dict_of_another_architecture_is_refused(golden):
             other.load_published(state)
 
 
+def published_state(flow) -> dict:
+    """Random weights under the published names: layers in nested sequences, each behind a `module1`."""
+    state, generator = {}, torch.Generator().manual_seed(0)
+    layers = [layer for layer in flow.layers if isinstance(layer, (ImageCoupling, ActNorm, InvertibleConv))]
+    for number, layer in enumerate(layers):
+        place = f"body.{2 + number // 12}.{number % 12}.module1."  # the 10th comes after the 9th
+        names = layer.state_dict()
+        if isinstance(layer, ImageCoupling):
+            for name, value in names.items():
+                name = name.replace("net.", "st_net.", 1).replace("conv.", "conv.conv.")
+                state[place + name] = torch.rand(value.shape, generator=generator).to(value.dtype)
+            gain = state.pop(f"{place}gain")[:, None, None]
+            state |= {f"{place}rescale.weight_g": gain, f"{place}rescale.weight_v": torch.ones_like(gain)}
+            continue
+        c = len(names["bias"])
+        state[f"{place}bias"] = torch.rand(c, generator=generator)
+        if isinstance(layer, ActNorm):
+            state |= {f"{place}weight": torch.rand(c, generator=generator), f"{place}initialized": torch.tensor(1)}
+        else:
+            state[f"{place}weight"] = torch.randn(c, c, 1, 1, generator=generator)
+    return state
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda: RealNVP((1, 8, 8), width=4, blocks=1, conv=True),
+        lambda: RealNVP((1, 8, 8), width=4, blocks=1, conv=True, actnorm=True),
+        lambda: GlowMNIST((1, 8, 8), width=4, blocks=1),
+        lambda: Glow((2, 8, 8), width=4, blocks=1),
+    ],
+    ids=["realnvp-1x1", "realnvp-1x1-actnorm", "glow-mnist", "glow"],
+)
+def test_published_convolutions_and_actnorms_have_the_same_values_here(flow):
+    flow = flow()
+    state = published_state(flow)
+    flow.load_published(state)
+    places = iter(
+        sorted({k.partition("module1.")[0] for k in state}, key=lambda k: [int(n) for n in k.split(".")[1:3]])
+    )
+    for layer in flow.layers:
+        if not isinstance(layer, (ImageCoupling, ActNorm, InvertibleConv)):
+            continue
+        place = next(places)
+        own = {k.partition("module1.")[2]: v for k, v in state.items() if k.startswith(place)}
+        if isinstance(layer, ActNorm):
+            x = torch.randn(2, len(own["bias"]), 3, 3)
+            weight, bias = own["weight"][:, None, None], own["bias"][:, None, None]
+            torch.testing.assert_close(layer(x)[0], (x + bias) * weight.exp())
+            torch.testing.assert_close(layer(x)[1], (9 * own["weight"].sum()).expand(2))
+        elif isinstance(layer, InvertibleConv):
+            x = torch.randn(2, len(own["bias"]), 3, 3)
+            torch.testing.assert_close(layer(x)[0], nn.functional.conv2d(x, own["weight"], own["bias"]))
+        else:
+            assert torch.equal(layer.net.out_conv.weight_g, own["st_net.out_conv.conv.weight_g"])
+    other = {"RealNVP": RealNVP((1, 8, 8), width=4, blocks=1), "Glow": Glow((2, 8, 8), 1, width=4, blocks=1)}
+    with pytest.raises(UserError, match=r"the state dict has \d+ .*, this flow \d+"):
+        other["Glow" if type(flow) is Glow else "RealNVP"].load_published(state)
+
+
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"x must have shape \(N, 1, 28, 28\), not \(2, 3, 28, 28\)"):
         RealNVPMNIST(width=4, blocks=1)(torch.zeros(2, 3, 28, 28))

@@ -177,28 +177,52 @@ class _ImageFlow(Flow):
         super().__init__([Logit(0.90), *layers], shape, levels, reversible=reversible)
 
     def load_published(self, state: dict):
-        """Take the weights of FlowGMM's network from its state dict: `*.st_net.*` and `*.rescale.*`, in order.
+        """Take the weights of FlowGMM's network from its state dict, layer by layer in their order.
 
-        The names are known for RealNVP and RealNVPMNIST, whose couplings are all that has weights. Raises `UserError`
-        where the state dict is of another architecture, and for a flow with other weights.
+        A layer's tensors are `*.st_net.*` and `*.rescale.*` of a coupling, `*.weight` (C, C, 1, 1) and `*.bias` of a
+        1 x 1 convolution, `*.weight` (C,), `*.bias` and `*.initialized` of an ActNorm, there (x + bias) exp(weight).
+        Raises `UserError` where the state dict is of another architecture.
         """
-        couplings = [layer for layer in self.layers if isinstance(layer, ImageCoupling)]
-        if any(isinstance(layer, (ActNorm, InvertibleConv)) for layer in self.layers):
-            raise UserError("the published names of ActNorms and 1 x 1 convolutions are not known")
-        prefixes = {name.rpartition("rescale.")[0] for name in state if name.endswith("rescale.weight_g")}
-        prefixes = sorted(prefixes, key=lambda prefix: [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", prefix)])
-        if len(prefixes) != len(couplings):
-            raise UserError(f"the state dict has {len(prefixes)} couplings, this flow {len(couplings)}")
-        for coupling, prefix in zip(couplings, prefixes, strict=True):
-            net = f"{prefix}st_net."
-            found = {
-                "net." + name.removeprefix(net).replace(".conv.", "."): value
-                for name, value in state.items()
-                if name.startswith(net)
-            }
-            # The weight-normalised gain g v / |v| of one entry is g sign(v).
-            gain = state[f"{prefix}rescale.weight_g"] * state[f"{prefix}rescale.weight_v"].sign()
-            load_weights(coupling, {**found, "gain": gain.flatten()}, prefix.removesuffix("."))
+        published = {}  # where a layer is in the published network -> its tensors
+        for name, value in state.items():
+            place = re.split(r"(?:st_net|rescale)\.|\w+$", name)[0]
+            published.setdefault(place, {})[name.removeprefix(place)] = value
+        places = sorted(published, key=lambda place: [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", place)])
+        layers = [layer for layer in self.layers if isinstance(layer, (ImageCoupling, ActNorm, InvertibleConv))]
+        kinds = [_published_kind(published[place]) for place in places]
+        for kind, what in _PUBLISHED_KINDS.items():
+            here = sum(isinstance(layer, kind) for layer in layers)
+            if kinds.count(kind) != here:
+                raise UserError(f"the state dict has {kinds.count(kind)} {what}, this flow {here}")
+        for layer, place, kind in zip(layers, places, kinds, strict=True):
+            if not isinstance(layer, kind):
+                raise UserError(f"the state dict has one of its {_PUBLISHED_KINDS[kind]} at {place}, this flow has not")
+            load_weights(layer, _published_layer(kind, published[place]), place.removesuffix("."))
+
+
+_PUBLISHED_KINDS = {ImageCoupling: "couplings", ActNorm: "ActNorms", InvertibleConv: "1 x 1 convolutions"}
+
+
+def _published_kind(tensors: dict) -> type[nn.Module]:
+    if "weight" not in tensors:
+        return ImageCoupling
+    return InvertibleConv if tensors["weight"].dim() == 4 else ActNorm
+
+
+def _published_layer(kind: type[nn.Module], tensors: dict) -> dict[str, Tensor]:
+    """The tensors of a published layer -> its state dict here."""
+    if kind is InvertibleConv:
+        return {"W": tensors["weight"].flatten(1), "bias": tensors["bias"]}
+    if kind is ActNorm:
+        return {"logs": tensors["weight"], "bias": -tensors["bias"]}
+    found = {
+        name.replace("st_net.", "net.", 1).replace(".conv.", "."): value
+        for name, value in tensors.items()
+        if name.startswith("st_net.")
+    }
+    if "rescale.weight_g" in tensors:  # the weight-normalised gain g v / |v| of one entry is g sign(v)
+        found["gain"] = (tensors["rescale.weight_g"] * tensors["rescale.weight_v"].sign()).flatten()
+    return found
 
 
 def _steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=False) -> list[nn.Module]:
@@ -225,9 +249,9 @@ class RealNVP(_ImageFlow):
     At every scale but the last three couplings on the checkerboard, a squeeze, three on halves of the channels with
     twice the width, and half of the channels are finished; at the last scale four on the checkerboard.
 
-    shape: (C, H, W).   scales: their number.   width: of the networks at the first scale, doubled at each next one.
-    blocks: residual blocks of each network.   conv: an invertible 1 x 1 convolution before each coupling.   actnorm:
-    an ActNorm before that.   levels, reversible: see `Flow`.
+    shape: (C, H, W).   scales: their number.   width: of the networks at the first scale.   blocks: residual blocks of
+    each network.   conv: an invertible 1 x 1 convolution before each coupling.   actnorm: an ActNorm before that.
+    doubling: whether the width doubles with each squeeze.   levels, reversible: see `Flow`.
     """
 
     def __init__(
@@ -238,6 +262,7 @@ class RealNVP(_ImageFlow):
         blocks: int = 8,
         conv: bool = False,
         actnorm: bool = False,
+        doubling: bool = True,
         levels: int | None = 256,
         reversible: bool = False,
     ):
@@ -245,38 +270,22 @@ class RealNVP(_ImageFlow):
         for _ in range(scales - 1):
             layers += _steps(channels, width, blocks, _CHECKERBOARD, conv, actnorm)
             layers.append(Squeeze())
-            layers += _steps(4 * channels, 2 * width, blocks, _HALVES, conv, actnorm)
-            layers.append(FactorOut(2 * channels))
-            channels, width = 2 * channels, 2 * width
-        layers += _steps(channels, width, blocks, (*_CHECKERBOARD, "odd"), conv, actnorm)
-        super().__init__(layers, shape, levels, reversible)
-
-
-class RealNVPMNIST(_ImageFlow):
-    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's RealNVP for MNIST, 16 couplings of one width.
-
-    Arguments as of `RealNVP`; the sides must be divisible by 4.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        width: int = 64,
-        blocks: int = 4,
-        conv: bool = False,
-        actnorm: bool = False,
-        levels: int | None = 256,
-        reversible: bool = False,
-    ):
-        layers, channels = [], shape[0]
-        for _ in range(2):
-            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv, actnorm)
-            layers.append(Squeeze())
+            width = 2 * width if doubling else width
             layers += _steps(4 * channels, width, blocks, _HALVES, conv, actnorm)
             layers.append(FactorOut(2 * channels))
             channels = 2 * channels
         layers += _steps(channels, width, blocks, (*_CHECKERBOARD, "odd"), conv, actnorm)
         super().__init__(layers, shape, levels, reversible)
+
+
+class RealNVPMNIST(RealNVP):
+    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's RealNVP for MNIST, 16 couplings of one width.
+
+    Arguments as of `RealNVP`; the sides must be divisible by 4.
+    """
+
+    def __init__(self, shape: Sequence[int] = (1, 28, 28), width: int = 64, blocks: int = 4, **options):
+        super().__init__(shape, 3, width, blocks, doubling=False, **options)
 
 
 class Glow(_ImageFlow):
