@@ -7,17 +7,17 @@ step      a training step of RealNVP, forward and backward: the published formul
           bf16, and with the reversible gradient
 memory    what a step keeps for the gradient, by the number of couplings, with and without the reversible gradient
 
-Results are checked against each other first; seconds are medians of rounds in which every rung runs once. One line of
-JSON for each part goes to standard output, the tables to standard error. Sizes: --batch, --width, --blocks, --rounds.
+Results are checked against each other first; seconds are medians of rounds in which every rung runs once. Prints the
+tables, and leaves each part in benchmarks/results/image-flow/PART.json. Sizes: --batch, --width, --blocks, --rounds.
 """
 
 import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -28,6 +28,7 @@ from normatch import ops, reference
 from normatch.flows import Flow, FlowClassifier, GaussianMixture, RealNVPMNIST
 from normatch.flows.realnvp import _steps
 
+RESULTS = Path(__file__).parent / "results" / "image-flow"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -92,13 +93,20 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def show(part: str, rows: dict[str, float], unit: str, **facts):
+def show(part: str, rows: dict[str, float], unit: str, facts: dict, errors: dict[str, float] | None = None):
+    """Print and keep a part: its rows, the sizes it was measured at, and how far gradients are from normatch's."""
     first = next(iter(rows.values()))
-    print(f"\n{part}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), file=sys.stderr)
+    print(f"\n{part}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     for name, value in rows.items():
-        print(f"  {name:32s} {value:12.5f} {unit} {first / value:10.1f}x", file=sys.stderr)
-    load = os.getloadavg()[0]
-    print(json.dumps({"part": part, **facts, "unit": unit, "load": round(load, 1), **rows}))
+        print(f"  {name:32s} {value:12.5f} {unit} {first / value:10.1f}x")
+    if errors:
+        print("  relative distance from normatch in fp32:")
+        for name, error in errors.items():
+            print(f"  {name:32s} {error:.1e}")
+    facts = {**facts, "device": str(DEVICE), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record = {**facts, "load": round(os.getloadavg()[0], 1), "unit": unit, "rows": rows}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{part}.json").write_text(json.dumps({**record, "errors": errors or {}}, indent=1) + "\n")
 
 
 def assert_close(found: dict[str, list[torch.Tensor]], tolerance: float):
@@ -132,7 +140,7 @@ def mixture(args):
     slow = medians({"published, one evaluation": calls.pop("published, one evaluation")}, 1)
     fast = medians(calls, max(args.rounds, 20))
     rows = {**slow, "published, the step's four": 4 * slow["published, one evaluation"], **fast}
-    show("mixture", rows, "s", batch=args.batch, D=d, K=k, device=str(DEVICE))
+    show("mixture", rows, "s", {"batch": args.batch, "D": d, "K": k})
 
 
 def step(args):
@@ -199,13 +207,13 @@ def step(args):
         name: ((torch.cat([g.flatten() for g in value[1:]]) - want).norm() / want.norm()).item()
         for name, value in {**found, "normatch, bf16 networks": low}.items()
     }
-    loss = {"loss": found["normatch"][0].item(), "loss_bf16": low[0].item()}
-    facts = {"batch": n, "width": args.width, "blocks": args.blocks, "device": str(DEVICE)}
-    show("step", medians(calls, args.rounds), "s", **facts)
-    print("  gradients, relative distance from normatch's:", file=sys.stderr)
-    for name, error in errors.items():
-        print(f"  {name:32s} {error:.1e}", file=sys.stderr)
-    print(json.dumps({"part": "step, accuracy", **facts, **loss, **errors}))
+    errors["loss of bf16 networks"] = abs(low[0] / found["normatch"][0] - 1).item()
+    errors["published and closed form at most"] = max(errors.pop("published"), errors.pop("closed form"))
+    show("step", medians(calls, args.rounds), "s", sizes(args), errors)
+
+
+def sizes(args) -> dict:
+    return {"batch": args.batch, "width": args.width, "blocks": args.blocks}
 
 
 def memory(args):
@@ -233,7 +241,7 @@ def memory(args):
             kept[name] = total / 2**20
             if DEVICE.type == "cuda":
                 kept[name + ", peak"] = torch.cuda.max_memory_allocated() / 2**20
-    show("memory", kept, "MiB", batch=args.batch, width=args.width, blocks=args.blocks, device=str(DEVICE))
+    show("memory", kept, "MiB", sizes(args))
 
 
 def main():

@@ -281,9 +281,14 @@ _SCNF_TOY = {
     "couplings": 5,
     "hidden": 64,
     "ssl_l": 1,
-    "ssl_k": 4,
+    "ssl_k": 2,
     "ssl_hd": 64,
-    "uratio": 10,
+    "uratio": 5,
+    "lr": 2e-3,
+    "cl_weight": 1.0,
+    "noise": 0.1,  # and consistency under it, without which rings are cut where no label is near
+    "consistency_weight": 1.0,
+    "consistency_rampup": 500,
     "ema_decay": 0.99,
     "steps": 2000,
     "eval_every": 500,
@@ -501,7 +506,7 @@ PRESETS = {
         "eval_every": 1000,
     },
     "scnf-moons": {**_SCNF_TOY, "dataset": "moons", "num_labels": 10, "batch_size": 10},
-    "scnf-circles": {**_SCNF_TOY, "dataset": "circles", "num_labels": 11, "batch_size": 11, "steps": 6000},
+    "scnf-circles": {**_SCNF_TOY, "dataset": "circles", "num_labels": 11, "batch_size": 11},
     "scnf-gmm-moons": {
         **_SCNF_TOY,
         "dataset": "moons",
@@ -641,7 +646,9 @@ def _from_scnf(content: dict) -> dict:
         return content
     keys = {name: value for name, value in content.items() if name not in _SCNF_UNNEEDED and value != ""}
     try:
-        rows = {"mnist": 60000}.get(keys.get("data"), int(content.get("num_examples", 1000)))
+        rows = int(content.get("num_examples", -1))
+        if rows < 1:  # all there are, of the toys 1,000
+            rows = 60000 if keys.get("data", "mnist") == "mnist" else 1000
         batch, share = int(keys.pop("train_bs")), float(keys.pop("sup_sample_weight", 0.5))
         epoch = -(-rows // batch)
         keys["steps"] = int(keys.pop("epochs", 500)) * epoch
@@ -656,7 +663,8 @@ def _from_scnf(content: dict) -> dict:
     keys["batch_size"] = max(1, batch // (1 + keys["uratio"]))
     keys["schedule"] = {"no": "constant"}.get(schedule, "linear")
     keys["flow"] = keys.pop("model", "mnist-masked")
-    return {"method": "scnf", **keys}
+    ours = {"noise": 0.0, "consistency_weight": 0.0, "ema_decay": 0.0, "clip": 0.0}  # what presets may have besides
+    return {"method": "scnf", **ours, **keys}
 
 
 def _canonical_keys(keys: dict) -> dict:

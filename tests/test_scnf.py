@@ -319,7 +319,7 @@ def toy_config(out, **keys):
 def test_objective_is_that_of_the_paper():
     model = randomised(SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, 10, 1, 2, 8), 3, class_prior=[3, 1, 1]))
     batch = {"images": torch.randn(7, 2), "y": torch.tensor([2, 0, 1]), "u_y": torch.full((4,), -1)}
-    config = make_config("scnf-moons", label_weight=1.5, cl_weight=0.3)
+    config = make_config("scnf-moons", label_weight=1.5, cl_weight=0.3, noise=0.0, consistency_weight=0.0)
     loss, metrics = SemiConditional(model, config)(batch, torch.tensor(0))
     log_prob = model.log_prob(batch["images"], torch.cat((batch["y"], batch["u_y"])))
     weights = torch.tensor([1.5] * 3 + [1.0] * 4)
@@ -333,9 +333,13 @@ def test_consistency_asks_for_the_class_of_the_other_view():
     model = randomised(SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, 10, 1, 2, 8), 3))
     x = torch.randn(3 + 2 * 4, 2)
     batch = {"images": x, "y": torch.tensor([2, 0, 1]), "u_y": torch.full((4,), -1)}
-    without, _ = SemiConditional(model, make_config("scnf-moons"))(batch, torch.tensor(5))
-    config = make_config("scnf-moons", consistency_weight=2.0, consistency_rampup=10)
-    loss, metrics = SemiConditional(model, config)(batch, torch.tensor(5))
+
+    def loss_of(weight):
+        keys = {"noise": 0.0, "consistency_weight": weight, "consistency_rampup": 10}
+        return SemiConditional(model, make_config("scnf-moons", **keys))(batch, torch.tensor(5))
+
+    without, _ = loss_of(0.0)
+    loss, metrics = loss_of(2.0)
     of_other = model.class_log_prob(x[3:7]).argmax(1)  # the second views are learnt from
     expected = nn.functional.cross_entropy(model.class_log_prob(x[7:]), of_other)
     torch.testing.assert_close(metrics["loss_consistency"][0], expected.detach())
@@ -371,7 +375,7 @@ def test_images_train_as_they_are(tmp_path):
         test_images=digits.test_images[:20],
         test_labels=digits.test_labels[:20],
     )
-    keys = {"flow": "mnist-masked", "flow_width": 4, "ssl_dim": 16, "ssl_k": 1, "ssl_l": 2}
+    keys = {"flow": "mnist-masked", "noise": 0.0, "flow_width": 4, "ssl_dim": 16, "ssl_k": 1, "ssl_l": 2}
     keys |= {"batch_size": 10, "uratio": 2}
     split = make_split(few, 20, seed=0)
     state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"), few, split)
@@ -387,7 +391,15 @@ def test_images_train_as_they_are(tmp_path):
 
 
 def test_published_model_can_be_begun_with(tmp_path):
-    keys = {"flow": "mnist-masked", "flow_width": 4, "ssl_dim": 16, "num_labels": 40, "batch_size": 10, "uratio": 1}
+    keys = {
+        "flow": "mnist-masked",
+        "noise": 0.0,
+        "flow_width": 4,
+        "ssl_dim": 16,
+        "num_labels": 40,
+        "batch_size": 10,
+        "uratio": 1,
+    }
     state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"))
     ours = {name: torch.randn_like(value) for name, value in state.objective.model.state_dict().items()}
     names = (("f.layers.", "flow.modules_."), ("h.layers.", "prior.flow.modules_."))
@@ -443,6 +455,13 @@ def test_published_configuration_is_the_preset(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(PUBLISHED)
     assert make_config(file=path) == make_config("scnf-mnist-100")
+    moons = PUBLISHED.replace("data: mnist", "data: moons").replace("model: mnist-masked", "model: toy")
+    path.write_text(moons.replace("supervised: 100", "supervised: 10"))
+    toy = make_config(file=path)  # not with what our preset of moons has besides
+    assert (toy.flow, toy.num_labels, toy.noise, toy.consistency_weight, toy.ema_decay) == ("toy", 10, 0, 0, 0)
+    path.write_text(PUBLISHED.replace("model: mnist-masked", "model: id"))
+    with pytest.raises(UserError, match=r"^flow: .*not 'id'"):
+        make_config(file=path)
     path.write_text(PUBLISHED.replace("lr_schedule: linear", "lr_schedule: hat\nlr_warmup: 10"))
     assert make_config(file=path).warmup == 2350
     path.write_text(PUBLISHED.replace("sup_sample_weight: 0.5", "sup_sample_weight: -1"))
