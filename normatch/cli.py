@@ -83,9 +83,9 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     evaluate.add_argument("--data_dir", help="folder that holds the data set (default: as in training)")
     evaluate.set_defaults(run=_eval)
 
-    predict = commands.add_parser("predict", help="classify image files")
+    predict = commands.add_parser("predict", help="classify image files, or the rows of CSV files")
     predict.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
-    predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a model of a table: CSV files")
     predict.set_defaults(run=_predict)
     convert = commands.add_parser(
         "convert",
@@ -292,23 +292,27 @@ def _predict(options) -> int:
     from .evaluation import find_images, load
 
     model = load(options.checkpoint, distributed.start(options.device), options.dataset)
-    paths, unreadable = find_images(options.images), 0
+    kind = "row" if model.image_size is None else "image"
+    paths, unreadable = options.images if kind == "row" else find_images(options.images), 0
     for start in range(0, len(paths), 500):
-        images = {}
+        samples = {}
         for path in paths[start : start + 500]:
             try:
-                images[path] = model.read(path)
+                found = model.read(path)
+                # A row is named by its number in the file, whose first is the header.
+                names = [f"{path}:{2 + n}" for n in range(len(found))] if kind == "row" else [str(path)]
+                samples.update(zip(names, found, strict=True))
             except UserError as error:  # one bad file costs nobody the others
                 print(f"normatch: {error}", file=sys.stderr)
                 unreadable += 1
-        if not images:
+        if not samples:
             continue
-        confidence, classes = model.predict_proba(np.stack(list(images.values()))).max(1)
-        for path, p, k in zip(images, confidence.tolist(), classes.tolist(), strict=True):
+        confidence, classes = model.predict_proba(np.stack(list(samples.values()))).max(1)
+        for name, p, k in zip(samples, confidence.tolist(), classes.tolist(), strict=True):
             if options.json:
-                print(json.dumps({"image": str(path), "class": model.classes[k], "probability": p}))
+                print(json.dumps({kind: name, "class": model.classes[k], "probability": p}))
             else:
-                print(f"{path}\t{model.classes[k]}\t{p:.3f}")
+                print(f"{name}\t{model.classes[k]}\t{p:.3f}")
     return 1 if unreadable else 0
 
 

@@ -18,7 +18,7 @@ from .errors import UserError
 from .flow_training import FLOW_METHODS, make_objective
 from .folders import IMAGE_SUFFIXES, fit, read_image
 from .methods import METHODS
-from .tables import Table
+from .tables import Table, read_rows
 
 
 class Model(nn.Module):
@@ -26,7 +26,7 @@ class Model(nn.Module):
 
     `classifier(x) -> features, logits`, of a flow with its prior a `FlowAsClassifier`; `flows`: the flow heads, empty
     for methods without one. `source`: the layout of the published checkpoint that it came from, None for our own.
-    `image_size` is None for a model of a table.
+    `image_size` is None for a model of a table, and `columns` the names of the features of one's own.
     """
 
     def __init__(
@@ -39,11 +39,12 @@ class Model(nn.Module):
         image_size: int,
         config: Config,
         source: str | None = None,
+        columns=(),
     ):
         super().__init__()
         self.classifier, self.flows = classifier, flows
         self.classes, self.mean, self.std = classes, mean, std
-        self.image_size, self.config, self.source = image_size, config, source
+        self.image_size, self.config, self.source, self.columns = image_size, config, source, columns
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x: (N, 3, H, W), or of a table (N, D), normalised -> (N, K) logits."""
@@ -53,10 +54,10 @@ class Model(nn.Module):
     def predict_proba(self, images) -> torch.Tensor:
         """images: (N, H, W, 3) uint8, or a list of PIL images or file paths -> (N, K) probabilities.
 
-        Of a model of a table: rows (N, D), in the units of the data set.
+        Of a model of a table: rows (N, D), in the units of the data set, or a list of paths of CSV files of rows.
         """
         if not isinstance(images, (np.ndarray, torch.Tensor)):
-            images = np.stack([self.read(image) for image in images])
+            images = np.concatenate([self.read(image) for image in images])
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, requirements="W"))  # copied only if it is read-only
         if self.image_size is None:
@@ -74,13 +75,18 @@ class Model(nn.Module):
         return self.predict_proba(images).argmax(1)
 
     def read(self, image) -> np.ndarray:
-        """A PIL image or a file's path -> (H, W, 3) uint8, as the model takes it. Raises UserError for no image."""
+        """A PIL image or a file's path -> (1, H, W, 3) uint8; of a table's model a CSV file's path -> (N, D).
+
+        Raises UserError for any other file.
+        """
+        if self.image_size is None:
+            return read_rows(image, len(self.mean), self.columns)
         if not isinstance(image, Image.Image):
             try:
                 image = read_image(image)
             except (OSError, ValueError) as error:
                 raise UserError(f"{image} cannot be read: {error}") from None
-        return fit(image.convert("RGB"), self.image_size)
+        return fit(image.convert("RGB"), self.image_size)[None]
 
 
 def load(checkpoint: str | Path, device: str | torch.device = "cpu", dataset: str | None = None) -> Model:
@@ -150,7 +156,8 @@ def build_flow(state: dict, config: Config, name) -> Model:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tensors of {name} are not those of its configuration: {reason}") from None
     classifier = FlowAsClassifier(objective.model, state["shape"])
-    model = Model(classifier, (), state["classes"], state["mean"], state["std"], state["image_size"], config)
+    facts = (state[name] for name in ("classes", "mean", "std", "image_size"))
+    model = Model(classifier, (), *facts, config, columns=state.get("columns", ()))
     return model.eval().requires_grad_(False)
 
 

@@ -162,6 +162,7 @@ class FlowState(TrainingState):
             "mean": torch.as_tensor(self.dataset.mean).tolist(),
             "std": torch.as_tensor(self.dataset.std).tolist(),
             "image_size": None if self.table else self.dataset.train_images.shape[1],
+            "columns": list(self.dataset.columns) if self.table else [],
         }
 
     def leave_figures(self, folder: Path):

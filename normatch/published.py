@@ -18,8 +18,11 @@ from .methods import METHODS
 from .run import load_checkpoint
 
 # What our own state holds besides the tensors of "model" and "ema"; in a safetensors file each is one JSON string.
-FACTS = ("normatch", "config", "backbone", "transition", "source", "classes", "mean", "std", "image_size", "shape")
-OPTIONAL = {"transition", "source", "shape"}  # absent from the checkpoints that the trainer writes
+FACTS = (
+    "normatch", "config", "backbone", "transition", "source", "classes", "mean", "std", "image_size", "shape",
+    "columns",
+)  # fmt: skip
+OPTIONAL = {"transition", "source", "shape", "columns"}  # absent from the checkpoints that the trainer writes
 
 # layout -> the averaged and the trained network, in the order in which they are looked for
 NETWORKS = {

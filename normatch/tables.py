@@ -40,6 +40,7 @@ class Table:
     )  # training rows that the data set itself holds out
     folds: tuple[np.ndarray, ...] = ()  # training rows of the published labelled sets
     angular: bool = False  # whether rows are alike by the angle between them, as embedded texts are
+    columns: tuple[str, ...] = ()  # the names of the features in one's own files
 
     def standardized(self, x: np.ndarray) -> np.ndarray:
         """x: (n, D), as the data set has them -> (n, D) float32, as a model sees them."""
@@ -385,20 +386,35 @@ def _own(folder: Path) -> Table:
     y, test_y = (np.array([number.get(v, -1) for v in values], np.int64) for values in (labels, test_labels))
     if not len(test_x):
         raise UserError(f"{folder} needs a test.csv, with a few labelled rows to judge the result by")
-    return _make("table", x, y, test_x, test_y, classes)
+    return _make("table", x, y, test_x, test_y, classes, columns=tuple(names))
 
 
-def _read_csv(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
+def read_rows(path: str | Path, features: int, columns=()) -> np.ndarray:
+    """A CSV file with a header -> (N, D) float32, without a column `label`: the rows that a model is asked about.
+
+    features: D.   columns: their names, where they are known. Raises UserError for a file of others.
+    """
+    names, x, _ = _read_csv(path, labelled=False)
+    if len(names) != features or (columns and names != list(columns)):
+        wanted = ", ".join(columns) or f"{features} of them"
+        raise UserError(f"the columns of {path} ({', '.join(names)}) are not those of the model's table: {wanted}")
+    bad = np.flatnonzero(~np.isfinite(x).all(1))
+    if len(bad):
+        raise UserError(f"{path}, row {bad[0] + 2}: a feature is NaN or infinite")
+    return x
+
+
+def _read_csv(path: str | Path, labelled: bool = True) -> tuple[list[str], np.ndarray, list[str]]:
     """-> the names of the features, (N, D) their values, (N,) labels, "" where there is none."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # with or without the mark of Excel's files
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not rows or "label" not in rows[0]:
+        raise UserError(f"{path} cannot be read as a CSV file: {error}") from None
+    if not rows or (labelled and "label" not in rows[0]):
         raise UserError(f"{path} needs a first row that names its columns, one of them `label`")
     header = rows[0]
-    label = header.index("label")
+    label = header.index("label") if "label" in header else None
     values, labels = [], []
     for number, row in enumerate(rows[1:], 2):
         try:
@@ -407,7 +423,9 @@ def _read_csv(path: Path) -> tuple[list[str], np.ndarray, list[str]]:
             values.append([float(v) for c, v in enumerate(row) if c != label])
         except ValueError as error:
             raise UserError(f"{path}, row {number}: {error}") from None
-        labels.append("" if row[label].strip() == "-1" else row[label].strip())
-    if len(header) < 3 or not values:
+        text = "" if label is None else row[label].strip()
+        labels.append("" if text == "-1" else text)
+    names = [name for name in header if name != "label"]
+    if len(names) < 2 or not values:
         raise UserError(f"{path} needs rows of at least two columns of features beside `label`")
-    return [name for name in header if name != "label"], np.array(values, np.float32), labels
+    return names, np.array(values, np.float32), labels

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import normatch
 import normatch.convert
+from normatch.cli import main
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
@@ -404,3 +405,33 @@ def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
     torch.save(state, tmp_path / "wrong.pt")
     with pytest.raises(UserError, match="are not those of its configuration"):
         normatch.load(tmp_path / "wrong.pt")
+
+
+def test_rows_of_a_file_are_predicted(tmp_path, capsys):
+    x = np.random.RandomState(0).randn(40, 2).round(3)
+    lines = [f"{a},{'high' if b > 0 else 'low'},{b}" for a, b in x.tolist()]
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("\n".join(("a,label,b", *lines)) + "\n")
+    keys = {"dataset": "table", "data_dir": str(tmp_path), "num_labels": 0, "hidden": 8, "uratio": 1}
+    run = normatch.train(tiny(tmp_path / "run", "flowgmm-wine", steps=2, eval_every=2, **keys)).out
+    normatch.convert.convert(run, tmp_path / "model.safetensors")
+    (tmp_path / "new.csv").write_text("a,b\n0.5,2\n0.5,-2\n")
+    (tmp_path / "other.csv").write_text("a,c\n0.5,2\n")
+    (tmp_path / "gap.csv").write_text("a,b\n0.5,1\nnan,2\n")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n")
+    model = normatch.load(run)
+    expected = model.predict_proba(np.array([[0.5, 2], [0.5, -2]], np.float32))
+    assert torch.equal(model.predict_proba([tmp_path / "new.csv"]), expected)
+    capsys.readouterr()
+    for source in (run, tmp_path / "model.safetensors"):
+        files = [str(tmp_path / name) for name in ("other.csv", "new.csv", "photo.png", "gap.csv")]
+        assert main(["predict", str(source), *files]) == 1
+        printed = capsys.readouterr()
+        rows = [line.split("\t") for line in printed.out.splitlines()]
+        assert [row[0] for row in rows] == [f"{files[1]}:2", f"{files[1]}:3"]
+        assert [row[1] for row in rows] == [model.classes[k] for k in expected.argmax(1)]
+        other, photo, gap = printed.err.splitlines()
+        assert "the columns of" in other and "(a, c) are not those of the model's table: a, b" in other
+        assert "photo.png cannot be read as a CSV file" in photo and "gap.csv, row 3: a feature is NaN" in gap
+    assert main(["predict", str(run), files[1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["row"] == f"{files[1]}:2"
