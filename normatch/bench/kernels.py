@@ -351,24 +351,25 @@ def draw(result: dict, path: Path) -> None:
     panels = list(dict.fromkeys((r["op"], r["direction"]) for r in records))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.2 * lines), squeeze=False, layout="constrained"
-    )
-    names = list(dict.fromkeys(r["provider"] for r in records))
+    figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 4 * lines), squeeze=False, layout="constrained")
+    colours = dict(zip(dict.fromkeys(r["provider"] for r in records), (f"C{i}" for i in range(10)), strict=False))
+    colours["normatch"] = "#c1440e"
+    labelled = {}
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        own = [r for r in records if (r["op"], r["direction"]) == panel]
-        for index, name in enumerate(names):
-            points = sorted((r["elements"], 1e3 * r["seconds"]) for r in own if r["provider"] == name)
+        own = sorted((r for r in records if (r["op"], r["direction"]) == panel), key=lambda r: r["elements"])
+        sizes = list(dict.fromkeys(r["size"] for r in own))  # one place each: some have the same number of elements
+        for name, colour in colours.items():
+            points = [(sizes.index(r["size"]), 1e3 * r["seconds"]) for r in own if r["provider"] == name]
             if points:
-                ours = name == "normatch"
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=2 if ours else 1,
-                          color="#c1440e" if ours else f"C{index}", label=name)  # fmt: skip
-        roof = sorted({(r["elements"], r["bytes"] / result["copy_gb_per_s"] / 1e6) for r in own})
-        axis.plot(*zip(*roof, strict=True), color="black", linestyle=":", label="its bytes at copy speed")
-        axis.set(xscale="log", yscale="log", xlabel="elements (N x D)", ylabel="ms", title=" ".join(panel))
+                (labelled[name],) = axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour,
+                                              linewidth=2 if name == "normatch" else 1)  # fmt: skip
+        roof = {sizes.index(r["size"]): r["bytes"] / result["copy_gb_per_s"] / 1e6 for r in own}
+        (labelled["its bytes at copy speed"],) = axis.plot(list(roof), list(roof.values()), "k:")
+        axis.set_xticks(range(len(sizes)), sizes, rotation=30, ha="right", fontsize=7)
+        axis.set(yscale="log", ylabel="ms", title=" ".join(panel))
         axis.grid(alpha=0.3, which="both")
-    axes.flat[0].legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
