@@ -47,7 +47,8 @@ struct Cut {
   int64_t values_per_unit() const { return shape.channels * shape.pixels / pieces; }
 };
 
-// What a block's values need to know by their place: the gain, and for planar checkerboards 1 where they are changed.
+// What is the same for all samples. gain: of a block's values where they lie channels-last, else of the channels. mask:
+// for planar checkerboards 1 where a pixel is changed, over a plane and as far into the next as a block can reach.
 template <typename Acc>
 struct Tables {
   std::vector<Acc> gain, mask;
@@ -56,26 +57,68 @@ struct Tables {
     const ImageCoupling& shape = cut.shape;
     if (dense_gain) {
       const Acc* g = dense_gain->const_data_ptr<Acc>();
-      if (shape.channels_last) {
-        for (int64_t i = 0; i < cut.block; ++i) gain.insert(gain.end(), g, g + shape.parts);
-      } else {
-        for (int64_t c = 0; c < shape.parts; ++c) gain.insert(gain.end(), shape.pixels, g[c]);
-      }
+      for (int64_t i = 0; i < (shape.channels_last ? cut.block : 1); ++i) gain.insert(gain.end(), g, g + shape.parts);
     }
-    if (is_checkerboard(shape.changed) && !shape.channels_last)
-      for (int64_t c = 0; c < shape.channels; ++c)
-        for (int64_t p = 0; p < shape.pixels; ++p) mask.push_back(is_changed(shape, p));
+    if (is_checkerboard(shape.changed) && !shape.channels_last) {
+      mask.resize(shape.pixels + cut.block);
+      for (int64_t begin = 0; begin < shape.pixels; begin += shape.width)
+        for (int64_t j = 0; j < shape.width; ++j) mask[begin + j] = is_changed(shape, begin / shape.width + j);
+      for (int64_t p = 0; p < cut.block && shape.pixels; ++p) mask[shape.pixels + p] = mask[p % shape.pixels];
+    }
   }
 
-  static bool is_changed(const ImageCoupling& shape, int64_t pixel) {
-    return (pixel / shape.width + pixel % shape.width) % 2 == (shape.changed == Changed::kOdd);
+  static bool is_changed(const ImageCoupling& shape, int64_t line_and_column) {
+    return line_and_column % 2 == (shape.changed == Changed::kOdd);
   }
 };
+
+// Calls f(std::integral_constant<int, n>) with n = parts where that is usual, so that moving as many values takes a few
+// instructions, and with 0 elsewhere.
+template <typename F>
+void dispatch_parts(int64_t parts, const F& f) {
+  switch (parts) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 6:
+      return f(std::integral_constant<int, 6>{});
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+    case 12:
+      return f(std::integral_constant<int, 12>{});
+    case 24:
+      return f(std::integral_constant<int, 24>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
+  }
+}
+
+// Between the lines of some pixels and a dense row of their values.
+template <bool kScatter, typename T>
+void move_lines(T* first, int64_t stride, const std::vector<int64_t>& pixels, int64_t parts,
+                std::conditional_t<kScatter, const T, std::remove_const_t<T>>* value) {
+  dispatch_parts(parts, [&](auto fixed) {
+    const int64_t n = decltype(fixed)::value ? decltype(fixed)::value : parts;
+    for (const int64_t p : pixels) {
+      if constexpr (kScatter)
+        memcpy(first + p * stride, value, n * sizeof(T));
+      else
+        memcpy(value, first + p * stride, n * sizeof(T));
+      value += n;
+    }
+  });
+}
 
 template <typename T>
 struct Scratch {
   std::vector<T> values;
   std::vector<int64_t> pixels;
+  std::vector<acc_t<T>> gain;
 };
 
 // Calls f(place in the tables, count, in, out) for every block of the unit's changed values, and copies the rest from
@@ -108,26 +151,24 @@ void for_blocks(const Cut& cut, int64_t unit, const Field<const T> (&in)[kIn], c
   for (int64_t at = begin; at < end; at += cut.block) {
     const int64_t upto = std::min(at + cut.block, end);
     scratch.pixels.clear();
-    for (int64_t p = at; p < upto; ++p) {
-      std::copy_n(in[0].line(sample, p) - shape.first, shape.channels, out[0].line(sample, p) - shape.first);
-      if (!checkerboard || Tables<acc_t<T>>::is_changed(shape, p)) scratch.pixels.push_back(p);
+    if (in[0].strides.pixel == shape.channels) {
+      std::copy_n(in[0].line(sample, at) - shape.first, (upto - at) * shape.channels,
+                  out[0].line(sample, at) - shape.first);
+    } else {
+      for (int64_t p = at; p < upto; ++p)
+        std::copy_n(in[0].line(sample, p) - shape.first, shape.channels, out[0].line(sample, p) - shape.first);
     }
+    for (int64_t p = at; p < upto; ++p)
+      if (!checkerboard || Tables<acc_t<T>>::is_changed(shape, p / shape.width + p % shape.width))
+        scratch.pixels.push_back(p);
     if (checkerboard && kOut > 1) std::fill_n(out[1].line(sample, at), (upto - at) * 2 * shape.parts, T(0));
-    for (int i = 0; i < kIn; ++i) {
-      T* value = const_cast<T*>(from[i]);
-      for (const int64_t p : scratch.pixels) {
-        const T* line = in[i].line(sample, p);
-        for (int64_t j = 0; j < shape.parts; ++j) *value++ = line[j];
-      }
-    }
+    for (int i = 0; i < kIn; ++i)
+      move_lines<false>(in[i].line(sample, 0), in[i].strides.pixel, scratch.pixels, shape.parts,
+                        scratch.values.data() + i * cut.values);
     f(0, int64_t(scratch.pixels.size()) * shape.parts, from, to);
-    for (int i = 0; i < kOut; ++i) {
-      const T* value = to[i];
-      for (const int64_t p : scratch.pixels) {
-        T* line = out[i].line(sample, p);
-        for (int64_t j = 0; j < shape.parts; ++j) line[j] = *value++;
-      }
-    }
+    for (int i = 0; i < kOut; ++i)
+      move_lines<true>(out[i].line(sample, 0), out[i].strides.pixel, scratch.pixels, shape.parts,
+                       scratch.values.data() + (kIn + i) * cut.values);
   }
 }
 
@@ -154,6 +195,16 @@ void dispatch_gain(bool has_gain, const F& f) {
     f(std::false_type{});
 }
 
+// Calls f(channel, begin, end) for the planes that a planar block of `count` values at `place` reaches into.
+template <typename F>
+void for_planes(const ImageCoupling& shape, int64_t place, int64_t count, const F& f) {
+  for (int64_t j = 0, end; j < count; j = end) {
+    const int64_t channel = (place + j) / shape.pixels;
+    end = std::min(count, (channel + 1) * shape.pixels - place);
+    f(channel, j, end);
+  }
+}
+
 // A block of changed values: how many, and what the tables say of them (null where they say nothing).
 template <typename Acc>
 struct Block {
@@ -162,11 +213,19 @@ struct Block {
   bool streaming = false;
 
   template <typename T, int kOut>
-  Block(const Cut& cut, const Tables<Acc>& tables, int64_t place, int64_t count, T* const (&to)[kOut])
+  Block(const Cut& cut, const Tables<Acc>& tables, int64_t place, int64_t count, T* const (&to)[kOut],
+        std::vector<Acc>& own_gain)
       : count(count),
-        gain(tables.gain.empty() ? nullptr : &tables.gain[place]),
-        mask(tables.mask.empty() ? nullptr : &tables.mask[place]) {
+        gain(tables.gain.data()),
+        mask(tables.mask.empty() ? nullptr : &tables.mask[place % cut.shape.pixels]) {
     if (cut.shape.channels_last) return;  // `to` is scratch
+    if (!tables.gain.empty()) {
+      own_gain.resize(cut.block);
+      gain = own_gain.data();
+      for_planes(cut.shape, place, count, [&](int64_t channel, int64_t begin, int64_t end) {
+        std::fill(own_gain.begin() + begin, own_gain.begin() + end, tables.gain[channel]);
+      });
+    }
     streaming = true;
     for (T* const row : to) streaming &= should_stream(cut.shape.samples, cut.size, Rows<T>{row, 0});
   }
@@ -248,12 +307,10 @@ NM_HD void add_terms(const ImageCoupling& shape, int64_t place, int64_t count, c
       for (int64_t c = 0; c < shape.parts; ++c) sums[c] += terms[j + c];
     return;
   }
-  for (int64_t j = 0, end; j < count; j = end) {  // plane by plane
-    const int64_t channel = (place + j) / shape.pixels;
-    end = std::min(count, (channel + 1) * shape.pixels - place);
+  for_planes(shape, place, count, [&](int64_t channel, int64_t begin, int64_t end) NM_INLINE {
     sums[channel] += blocked_sum<V>(
-        end - j, [&](int64_t i, const auto& load, const auto&) NM_INLINE { return load(terms + j + i); });
-  }
+        end - begin, [&](int64_t i, const auto& load, const auto&) NM_INLINE { return load(terms + begin + i); });
+  });
 }
 
 // y and the log-scale's sums; or x, and sums that nobody asks for.
@@ -278,7 +335,7 @@ std::tuple<Tensor, Tensor> map_images(const Tensor& given, const Tensor& given_p
         Scratch<T> scratch;
         for (int64_t unit = begin; unit < end; ++unit)
           for_blocks(cut, unit, in, out, scratch, [&](int64_t place, int64_t count, const auto& from, const auto& to) {
-            const Block<Acc> block(cut, tables, place, count, to);
+            const Block<Acc> block(cut, tables, place, count, to, scratch.gain);
             vectorised<T>([&](auto lanes) NM_INLINE {
               using V = typename decltype(lanes)::type;
               sums[unit] +=
@@ -334,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
             if (grad_logdet) above = grad_logdet->const_data_ptr<Acc>()[unit / cut.pieces * grad_logdet->stride(0)];
             for_blocks(cut, unit, in, out, scratch,
                        [&](int64_t place, int64_t count, const auto& from, const auto& to) {
-                         const Block<Acc> block(cut, tables, place, count, to);
+                         const Block<Acc> block(cut, tables, place, count, to, scratch.gain);
                          vectorised<T>([&](auto lanes) NM_INLINE {
                            using V = typename decltype(lanes)::type;
                            gradient_block<V, kInverse, kGain>(block, above, from, to, terms.data(), shape.shift_first,
