@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from normatch import reference
@@ -156,18 +157,29 @@ def _check_same(op: str, name: str, value: Tensor, first_name: str, first: Tenso
         raise TypeError(f"{op}: {name} is {value.dtype}, but {first_name} {first.dtype}")
 
 
+def _check_no_tangent(op: str, *values: Tensor | None) -> None:
+    """Raises RuntimeError for a forward-mode derivative, which torch.library would drop without a word."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values):
+        raise RuntimeError(f"{op}: there is no forward-mode derivative; normatch.reference has one")
+
+
 def _check_coupling(op: str, name: str, x: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> None:
     _check_tensor(op, name, x)
     _check_float(op, name, x)
     _check_dims(op, name, x, "(N, H)")
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     for other, value in (("s_raw", s_raw), ("t", t)):
         _check_tensor(op, other, value)
+        _check_float(op, other, value)
         _check_shape(op, other, value, x.shape, name)
-        _check_same(op, other, value, name, x, dtype=True)
+        _check_same(op, other, value, name, x, dtype=not autocast)
     _check_tensor(op, "gain", gain)
     _check_float(op, "gain", gain)
     _check_shape(op, "gain", gain, x.shape[1:], name)
     _check_same(op, "gain", gain, name, x, dtype=False)
+    _check_no_tangent(op, x, s_raw, t, gain)
 
 
 def _check_mixture(op: str, name: str, z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float) -> None:
@@ -185,6 +197,7 @@ def _check_mixture(op: str, name: str, z: Tensor, means: Tensor, rho: Tensor, lo
         raise TypeError(f"{op}: eps must be a number, not {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative, but is {eps}")
+    _check_no_tangent(op, z, means, rho, logits)
 
 
 def _check_points(op: str, z: Tensor) -> None:
@@ -214,12 +227,14 @@ def affine_coupling(x: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> tuple[
         s = gain * tanh(s_raw),   y = (x + t) * exp(s),   logdet_n = sum_h s_nh
 
     y has the dtype of x; logdet, in nats, is float32 (float64 for float64). gain may have any float dtype and is
-    cast to the dtype of logdet. Rows may be strided (a half of a wider matrix): no copy is made.
+    cast to the dtype of logdet; so may s_raw and t under autocast, where a network's outputs are cast to the dtype of
+    x. Rows may be strided (a half of a wider matrix): no copy is made.
 
     Raises TypeError for an argument that is no float tensor or for s_raw, t of another dtype than x, and ValueError
     for a wrong shape or mixed devices; the message names the argument.
     """
     _check_coupling("affine_coupling", "x", x, s_raw, t, gain)
+    s_raw, t = s_raw.to(x.dtype), t.to(x.dtype)
     if x.device.type not in _KERNELS["affine_coupling"]:
         return reference.affine_coupling(x, s_raw, t, gain)
     gain = gain.to(accumulation_dtype(x.dtype))
@@ -256,6 +271,7 @@ def affine_coupling_inverse(y: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -
     What `affine_coupling` maps to y: x = y * exp(-gain * tanh(s_raw)) - t. Arguments and errors as there.
     """
     _check_coupling("affine_coupling_inverse", "y", y, s_raw, t, gain)
+    s_raw, t = s_raw.to(y.dtype), t.to(y.dtype)
     if y.device.type not in _KERNELS["affine_coupling_inverse"]:
         return reference.affine_coupling_inverse(y, s_raw, t, gain)
     gain = gain.to(accumulation_dtype(y.dtype))
@@ -321,6 +337,7 @@ def _check_coupling2d(op: str, name: str, x: Tensor, params: Tensor, gain: Tenso
         raise TypeError(f"{op}: eps must be a number, not {type(eps).__name__}")
     if not eps >= 0 or (eps and gain is not None):
         raise ValueError(f"{op}: eps must be 0 with a gain, and not negative without one, but is {eps}")
+    _check_no_tangent(op, x, params, gain)
 
 
 def coupling2d(
@@ -469,6 +486,7 @@ def logdet(log_scale: Tensor) -> Tensor:
     """
     _check_tensor("logdet", "log_scale", log_scale)
     _check_float("logdet", "log_scale", log_scale)
+    _check_no_tangent("logdet", log_scale)
     if log_scale.dim() == 0:
         raise ValueError("logdet: log_scale must have shape (N, ...), not ()")
     if log_scale.device.type not in _KERNELS["logdet"]:

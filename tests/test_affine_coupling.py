@@ -178,6 +178,35 @@ def test_second_derivatives_raise(op, plain):
         grad.sum().backward()
 
 
+def test_autocast_may_have_lowered_what_the_network_gives():
+    x, s_raw, t, gain = (value.requires_grad_() for value in inputs(5, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        for op, plain in ((ops.affine_coupling, reference.affine_coupling),
+                          (ops.affine_coupling_inverse, reference.affine_coupling_inverse)):  # fmt: skip
+            found = op(x, s_raw.bfloat16(), t.bfloat16(), gain)
+            torch.testing.assert_close(found, plain(x, s_raw.bfloat16().float(), t.bfloat16().float(), gain))
+    with pytest.raises(TypeError, match=r"s_raw is torch\.bfloat16"):
+        ops.affine_coupling(x, s_raw.bfloat16(), t, gain)
+
+
+@with_kernels
+def test_forward_mode_is_refused():
+    x = torch.randn(3, 4)
+    couplings = [[torch.randn(shape) for shape in ((5, 2), (5,), (5, 5), (5,), (4, 5), (4,), (2,))]]
+    mixture = torch.randn(2, 4), torch.zeros(2), torch.zeros(2)
+    image = torch.randn(3, 2, 2, 2)
+    for op in (
+        lambda x: ops.affine_coupling(x, x, x, torch.ones(4))[0],
+        lambda x: ops.affine_coupling_inverse(torch.ones(3, 4), torch.ones(3, 4), x, torch.ones(4)),
+        lambda x: ops.coupling2d(image, x[:, :2, None, None].expand(3, 2, 2, 2))[0],
+        lambda x: ops.logdet(x),
+        lambda x: ops.gmm_log_prob(x, *mixture),
+        lambda x: ops.flow_head(x, couplings, *mixture)[0],
+    ):
+        with pytest.raises(RuntimeError, match="there is no forward-mode derivative"):
+            torch.func.jvp(op, (x,), (torch.ones_like(x),))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -188,6 +217,7 @@ def test_second_derivatives_raise(op, plain):
         ({"s_raw": torch.zeros(3, 4).half()}, TypeError, "s_raw is torch.float16, but x torch.float32"),
         ({"t": torch.zeros(4)}, ValueError, "t must have shape"),
         ({"t": torch.zeros(3, 4, device="meta")}, ValueError, "t is on meta, but x on cpu"),
+        ({"gain": torch.zeros(4, device="meta")}, ValueError, "gain is on meta, but x on cpu"),
         ({"gain": torch.zeros(5)}, ValueError, r"gain must have shape \(4,\)"),
         ({"gain": torch.zeros(4, dtype=torch.int32)}, TypeError, "gain must be float32"),
         ({"gain": 1.0}, TypeError, "gain must be a tensor, not float"),

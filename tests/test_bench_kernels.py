@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from normatch import ops
 from normatch.bench import kernels, measure
 from normatch.cli import main
 
@@ -30,6 +31,37 @@ def test_a_provider_that_is_wrong_is_not_measured():
     case.providers["normatch"] = lambda log_scale: log_scale.sum(1) + 1
     with pytest.raises(RuntimeError, match="normatch is wrong"):
         measure.compare(case, "cpu", 1, leave_out=("closed_compiled",))
+
+
+def wrong_in(*outputs):
+    """The coupling, off by one part in ten in these outputs and in their gradients."""
+
+    def op(*inputs):
+        found = ops.affine_coupling(*inputs)
+        return [1.1 * value if i in outputs else value for i, value in enumerate(found)]
+
+    return op
+
+
+@pytest.mark.parametrize(("direction", "op"), [("forward", wrong_in(1)), ("backward", wrong_in(1))])
+def test_every_output_and_gradient_must_agree(direction, op):
+    case = next(c for c in kernels.cases(quick=True) if c.op == "affine_coupling" and c.direction == direction)
+    case.providers["normatch"] = op
+    with pytest.raises(RuntimeError, match="normatch is wrong"):
+        measure.check_agreement(case, "normatch", case.inputs("cpu"))
+
+
+def test_a_loss_against_a_stored_run_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "keep_memory", lambda: None)
+    arguments = ["bench", "kernels", "--quick", "--no-compile", "--rounds", "1", "--device", "cpu"]
+    arguments += ["--only", "logdet forward 512x64 float32"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    stored = json.loads((tmp_path / "kernels.json").read_text())
+    for factor, status in ((1e-3, 0), (1e3, 1)):
+        records = [{**record, "percent_of_copy": factor * record["percent_of_copy"]} for record in stored["records"]]
+        (tmp_path / "before.json").write_text(json.dumps({**stored, "records": records}))
+        assert main([*arguments, "--compare", str(tmp_path / "before.json")]) == status
+        assert ("LOST" in capsys.readouterr().out) == bool(status)
 
 
 @pytest.mark.parametrize("case", kernels.cases(quick=True), ids=lambda case: case.name)

@@ -260,6 +260,7 @@ def test_second_derivatives_raise():
         ({"changed": "even"}, ValueError, r"params must have shape \(2, 8, 3, 5\) to go with x and changed='even'"),
         ({"params": torch.zeros(2, 4, 3, 5).int()}, TypeError, "params must be float32"),
         ({"params": torch.zeros(2, 4, 3, 5, device="meta")}, ValueError, "params is on meta, but x on cpu"),
+        ({"gain": torch.zeros(2, device="meta")}, ValueError, "gain is on meta, but x on cpu"),
         ({"gain": torch.zeros(4)}, ValueError, r"gain must have shape \(2,\)"),
         ({"gain": 1.0}, TypeError, "gain must be a tensor, not float"),
         ({"changed": "left"}, ValueError, "changed must be one of first, second, even, odd, not 'left'"),

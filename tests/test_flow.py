@@ -190,3 +190,14 @@ def test_state_dict_of_something_else_is_refused():
 def test_public_names():
     assert normatch.FlowHead is FlowHead
     assert callable(normatch.train) and callable(normatch.evaluate) and callable(normatch.load)
+
+
+def test_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    head, x = FlowHead(8, 3, hidden=64, dropout=0.5), torch.randn(4, 8)
+    with torch.no_grad():
+        for coupling in head.couplings:
+            coupling.net[-1].weight.normal_()
+    assert not torch.equal(head(x).z, head(x).z)
+    head.eval()
+    assert torch.equal(head(x).z, head(x).z)
