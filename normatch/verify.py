@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .config import Config
 from .errors import UserError
@@ -97,6 +99,7 @@ def verify_resume(config: Config, kills: int = 20) -> dict:
 def _train(config: Config):
     from .trainer import train
 
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which a killed process leaves behind
     train(config)
 
 
