@@ -98,7 +98,7 @@ def show(part: str, rows: dict[str, float], unit: str, facts: dict, errors: dict
     first = next(iter(rows.values()))
     print(f"\n{part}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     for name, value in rows.items():
-        print(f"  {name:32s} {value:12.5f} {unit} {first / value:10.1f}x")
+        print(f"  {name:32s} {value:12.5f} {unit}" + (f" {first / value:10.1f}x" if unit == "s" else ""))
     if errors:
         print("  relative distance from normatch in fp32:")
         for name, error in errors.items():
