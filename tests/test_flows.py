@@ -16,6 +16,7 @@ from normatch.flows import (
     GaussianMixture,
     Glow,
     GlowMNIST,
+    MaskedGlow,
     RealNVP,
     RealNVPMNIST,
     RealNVPTabular,
@@ -257,6 +258,8 @@ def small_flows():
     yield "realnvp-mnist", RealNVPMNIST((1, 4, 4), width=4, blocks=1)
     yield "glow", Glow((3, 4, 4), width=4, blocks=1)
     yield "glow-mnist", GlowMNIST((1, 4, 4), width=4, blocks=1)
+    for form in ("householder", "qr"):
+        yield f"masked-glow-{form}", MaskedGlow((1, 8, 8), 2, form)
     yield "layers", Flow([Logit(0.95), Squeeze("space"), InvertibleConv(4), FactorOut(2, first=True)], (1, 4, 6), 17)
 
 
@@ -269,6 +272,8 @@ def test_image_flow_is_a_bijection_with_the_logdet_of_its_jacobian(flow):
     levels, flow.levels = flow.levels, None  # the density is that of the dequantised pixels
     v = torch.rand(3, *flow.shape, dtype=torch.float64)
     initialize(flow, v)
+    for parameter in flow.parameters():  # networks that begin as 0 would hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
     flow.eval()
     z, logdet = flow(v)
     assert z.shape == (3, flow.features) and logdet.shape == (3,)

@@ -115,6 +115,37 @@ def test_layer_gives_the_recorded_numbers(golden, name):
         near(grad, data[key])
 
 
+LAYERS = {  # of images (C, H, W), or of vectors (C,)
+    "actnorm": (ActNorm(3), (3, 2, 3)),
+    "logit": (Logit(0.95), (2, 2, 3)),
+    "coupling": (DoubleCoupling(image_net(2, 3, 4), image_net(2, 3, 4)), (4, 2, 3)),
+    "odd-coupling": (DoubleCoupling(image_net(1, 3, 4), image_net(2, 3, 2)), (3, 2, 3)),
+    "conditional-coupling": (DoubleCoupling(vector_net(5, 4, 6), vector_net(6, 4, 4)), (5,)),
+    "masked": (ImageCoupling(image_net(2, 3, 4), 2, "even", gained=False, shift_first=False), (2, 2, 3)),
+    "conditional-masked": (ConditionalMaskedCoupling(image_net(5, 3, 4, ConditionalNet), 2, "odd"), (2, 2, 3)),
+    "conditional-flow-hh": (ConditionalFlow(5, 3, 2, 1, 4, "householder"), (5,)),
+    "conditional-flow-qr": (ConditionalFlow(5, 3, 2, 1, 4, "qr"), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_a_bijection_with_the_logdet_of_its_jacobian(name):
+    layer, shape = LAYERS[name]
+    layer = copy.deepcopy(layer).double()
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, e = torch.rand(2, *shape, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+
+    def run(method, rows):
+        return method(rows, e.expand(len(rows), -1)) if "conditional" in name else method(rows)
+
+    z, logdet = run(layer, x)
+    torch.testing.assert_close(run(layer.inverse, z), x, rtol=0, atol=1e-9)
+    for row, found in zip(x, logdet, strict=True):
+        _, jacobian = with_jacobian(lambda rows: run(layer, rows.unflatten(1, shape))[0].flatten(1), row.flatten())
+        torch.testing.assert_close(found, torch.linalg.slogdet(jacobian).logabsdet, rtol=0, atol=1e-9)
+
+
 def test_shapes_change_as_recorded(golden):
     data = golden("scnf_layers")
     squeezed = Squeeze("space")(torch.tensor(data["in/space_to_depth/x"]))[0]
