@@ -161,6 +161,8 @@ def compare(
             )
     # Images for the baselines as they are: a smaller size is the flow's affair.
     dataset = load_dataset(first.dataset, first.data_dir, first.download)
+    if len(dataset.classes) < 2:
+        raise UserError(f"{first.dataset} has one class: there is nothing to tell apart, and to compare")
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:

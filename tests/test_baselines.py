@@ -72,6 +72,8 @@ def test_what_cannot_be_compared_is_said(capsys):
         compare("cifar100")
     with pytest.raises(UserError, match="wine with 15 labels and moons moons with 10"):
         compare("moons", "wine")
+    with pytest.raises(UserError, match="picture has one class"):
+        compare("picture")
     own = {"preset": "flowgmm-wine", "dataset": "table"}
     for name, keys in {
         "mnist": {"preset": "flowgmm-mnist-100-small"},
