@@ -40,6 +40,14 @@ def test_the_graph_uses_rows_without_a_label():
     assert (spread == y).mean() > 0.99 > 0.7 > (straight == y).mean()
 
 
+def test_the_pi_model_is_more_than_its_network():
+    rng = np.random.RandomState(0)
+    x, y, unlabeled = rng.randn(6, 4), np.arange(6) % 2, rng.randn(200, 4)
+    given = (x.astype(np.float32), y, unlabeled.astype(np.float32), rng.randn(500, 4).astype(np.float32), False, 0)
+    one, other = (BASELINES[name](*given) for name in ("network with dropout", "Pi-model"))
+    assert 0.01 < (one != other).mean() < 0.5
+
+
 def test_compare_prints_and_leaves_the_table(tmp_path, capsys, monkeypatch):
     kept = ("kNN", "logistic regression")
     monkeypatch.setattr(baselines, "BASELINES", {name: BASELINES[name] for name in kept})

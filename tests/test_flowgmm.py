@@ -2,12 +2,14 @@
 
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from matplotlib.colors import to_hex
+from test_flows import published_state
 from test_step import NoReadBack
 from torch.nn import functional as F
 
@@ -17,8 +19,8 @@ from normatch.cli import main
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.flow_figures import COLOURS, plane_figure, reliability, samples_figure, temperature
-from normatch.flow_training import FlowState
+from normatch.flow_figures import COLOURS, latent_figure, plane_figure, reliability, samples_figure, temperature
+from normatch.flow_training import FlowState, make_prior
 from normatch.flows import FlowClassifier, FlowOutput, GaussianMixture, RealNVPTabular
 from normatch.methods.flowgmm import MEANS, FlowGMM, place_means, simplex
 from normatch.optim import SCHEDULES, SWA
@@ -301,6 +303,99 @@ def test_temperature_undoes_a_scaling_and_reliability_sees_it():
     *_, honest = reliability(logits.softmax(1), y)
     *_, boastful = reliability((7 * logits).softmax(1), y)
     assert honest < 0.03 < 0.2 < boastful
+
+
+class Logits(torch.nn.Module):
+    """x: (n, K) are the class log-densities."""
+
+    def forward(self, x):
+        return FlowOutput(x, x.new_zeros(len(x)), x, x.logsumexp(1))
+
+    def class_means(self):
+        return torch.eye(3)
+
+    def width(self):
+        return torch.tensor(0.5)
+
+
+def test_the_temperature_is_judged_by_rows_that_it_was_not_fitted_on():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator)
+    y = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    y[1::2] = logits[1::2].argmin(1)  # every other row is always wrong
+    figure = latent_figure(Logits(), (7 * logits, y), (7 * logits, y), logits, ["a", "b", "c"])
+    label = figure.axes[1].get_legend().get_texts()[1].get_text()
+    tau, ece = (float(part) for part in re.findall(r"[0-9.]+", label))
+    assert abs(tau / 7 - 1) < 0.15 and ece > 0.4
+    assert figure.axes[0].texts[1].get_text() == f"{2**0.5 / 0.5:.1f}"  # between the means, in widths
+
+
+# ---- What is set from the configuration
+
+
+def test_each_kind_of_parameter_has_its_rate_and_decay():
+    keys = {"lr": 1e-3, "lr_gmm": 0.3, "weight_decay": 0.1, "means_trainable": True}
+    state = FlowState(make_config("flowgmm-mnist-100", **{**SMALL_IMAGES, **keys}), CPU)
+    names = {p: name for name, p in state.objective.model.named_parameters()}
+    found = {names[p]: (g["lr"], g["weight_decay"]) for g in state.groups for p in g["params"]}
+    assert found.pop("prior.means") == (0.3, 0.0)
+    gains = {name for name in found if name.endswith(("weight_g", ".gain"))}
+    assert gains and all(found[name] == (1e-3, 0.1) for name in gains)
+    assert all(found[name] == (1e-3, 0.0) for name in set(found) - gains)
+    flow = state.objective.model.flow
+    assert set(found) == {f"flow.{name}" for name, p in flow.named_parameters() if p.requires_grad}
+    rows = state_of(np.random.RandomState(0).randn(6, 2), [0, 1, 0, 1, -1, -1], ["a", "b"], weight_decay=0.1)
+    assert [group["weight_decay"] for group in rows.groups] == [0.1]
+
+
+def test_gradients_are_clipped_group_by_group():
+    x = np.random.RandomState(0).randn(6, 2)
+    keys = {"optimizer": "sgd", "lr": 1.0, "lr_gmm": 1.0, "means_trainable": True, "weight_decay": 0.0}
+    state = state_of(x, [0, 1, 0, 1, -1, -1], ["a", "b"], clip=1e-3, **keys)
+    before = [[p.detach().clone() for p in group["params"]] for group in state.groups]
+    state.begin_step()
+    state.update(state.gradients(next(state.batches(0)))[0])
+    for group, old in zip(state.groups, before, strict=True):
+        moved = torch.cat([(p - q).flatten() for p, q in zip(group["params"], old, strict=True)]).norm()
+        assert abs(moved / 1e-3 - 1) < 0.05  # both gradients are longer than that
+
+
+def test_the_rate_rises_falls_and_stays_where_weights_are_averaged():
+    x, y = np.random.RandomState(0).randn(6, 2), [0, 1, 0, 1, -1, -1]
+    keys = {"lr": 0.1, "lr_gmm": 0.2, "means_trainable": True, "schedule": "linear", "warmup": 4, "steps": 12}
+
+    def rates(**more):
+        state = state_of(x, y, ["a", "b"], **keys, **more)
+        for state.step in range(12):
+            rate = state.begin_step()
+            groups = [group["lr"] for group in state.groups]
+            assert groups == pytest.approx([rate, 2 * rate])
+            yield rate
+
+    falling = [0.1 * (1 - step / 8) for step in range(8)]
+    assert list(rates()) == pytest.approx([0.0, 0.025, 0.05, 0.075, *falling])
+    assert list(rates(swa_start=9, swa_lr=0.03))[9:] == pytest.approx([0.03] * 3)
+
+
+def test_the_mixture_has_the_width_asked_for_and_trains_what_it_is_told_to():
+    means = torch.eye(3)
+    for name, parameter in {"means": "means", "covs": "rho", "weights": "mixture_logits"}.items():
+        prior = make_prior(make_config("moons", sigma=1.3133, **{f"{name}_trainable": True}), means)
+        torch.testing.assert_close(F.softplus(prior.rho), torch.full((3,), 1.3133))
+        assert [n for n, p in prior.named_parameters() if p.requires_grad] == [parameter]
+
+
+def test_a_published_checkpoint_can_be_begun_with(tmp_path):
+    keys = {**SMALL_IMAGES, "flow": "realnvp-1x1-actnorm"}
+    flow = FlowState(make_config("flowgmm-mnist-100", **keys), CPU).objective.model.flow
+    state, means = published_state(flow), torch.randn(10, 64)
+    net = {f"module.{name}": value for name, value in state.items()}
+    torch.save({"net": net, "epoch": 3, "means": means}, tmp_path / "published.pt")
+    begun = FlowState(make_config("flowgmm-mnist-100", pretrained=str(tmp_path / "published.pt"), **keys), CPU)
+    flow.load_published(state)
+    for name, value in flow.state_dict().items():
+        assert torch.equal(begun.objective.model.flow.state_dict()[name], value), name
+    assert torch.equal(begun.objective.model.prior.means, means)
 
 
 # ---- Mistakes
