@@ -490,9 +490,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (!live) return;
           const int i = r * at.row + block.place(changed) + d;
           const auto scale = affine_scale(s_raw, gain[d]);
-          const double y = (exact[i] + double(t)) * double(Math<Acc>::exp(scale.s));
+          const Acc factor = Math<Acc>::exp(scale.s);
           logdet += double(scale.s);
           if (!block.writes()) return;
+          const double y = (exact[i] + double(t)) * double(factor);
           exact[i] = y;
           rounded[i] = Acc(y);
         });
@@ -755,6 +756,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             Acc of_gain = found.gain;
             for (int offset = kGroup / 2; offset >= kGroup / kRows; offset /= 2)
               of_gain += __shfl_xor_sync(kFullWarp, of_gain, offset);
+            __syncwarp();  // all lanes of a row have read what one of them writes
             if (!live) return;
             if (threadIdx.x % kGroup == 0) grad_gain[d] = begin ? of_gain : grad_gain[d] + of_gain;
             if (!block.writes()) return;

@@ -133,6 +133,8 @@ def _no_second_derivative(op: str) -> Callable:
 def _check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, not {value.layout}: take its to_dense()")
 
 
 def _check_float(op: str, name: str, value: Tensor) -> None:

@@ -17,7 +17,7 @@ from accuracy import (
 from normatch import ops, reference
 
 SIZES = [(0, 3, 5), (1, 1, 1), (7, 10, 33), (33, 7, 123), (5, 3, 1023), (5, 123, 7), (523, 5, 17), (2, 2, 4096)]
-SIZES += [(40, 33, 136), (3, 17, 520)]
+SIZES += [(40, 33, 136), (3, 17, 520), (3, 1000, 40)]
 NAMES = ["z", "means", "rho", "logits"]
 
 

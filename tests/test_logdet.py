@@ -90,6 +90,7 @@ def test_same_bits_every_time(n, m):
         (torch.zeros(2, 2, dtype=torch.int64), TypeError, "log_scale must be float32"),
         (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "log_scale must be float32"),
         ([1.0], TypeError, "log_scale must be a tensor, not list"),
+        (torch.zeros(2, 2).to_sparse(), TypeError, r"log_scale must be dense, not torch\.sparse_coo"),
     ],
 )
 def test_bad_input_names_the_argument(argument, error, message):

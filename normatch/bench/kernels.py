@@ -234,6 +234,8 @@ def cases(quick: bool = False) -> list[Case]:
             found += [_coupling2d(direction, shape, "first", dtype, "contiguous") for dtype in types]
             found += [_coupling2d(direction, shape, "first", torch.float32, "channels-last")]
             found += [_coupling2d(direction, shape, "even", torch.float32, "contiguous")]
+        if not quick:
+            found += [_coupling2d(direction, (8, 3, 256, 256), "even", torch.float32, "contiguous")]
     found += [_logdet(n, m, dtype) for n, m in [(512, 64), (2048, 3072), (16384, 3072)][: len(rows)] for dtype in types]
     sizes = [(512, 10, 128), (512, 100, 512), (8192, 10, 128), (65536, 10, 128)][: 2 if quick else 4]
     found += [_mixture(direction, *size) for direction in ("forward", "training") for size in sizes]
