@@ -54,10 +54,10 @@ def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: i
     drawn, sampled = drawn.cpu().numpy(), sampled.cpu().numpy()
 
     _scatter(panels[0], x.cpu().numpy(), guess, known)
-    _grid(panels[0], x_limits, lambda line: line, x.device)
+    _grid(panels[0], x_limits, lambda line: line, x)
     panels[0].set_title("Data, by the class they are given")
     _scatter(panels[1], z, guess, known)
-    _grid(panels[1], x_limits, lambda line: model(line).z, x.device)
+    _grid(panels[1], x_limits, lambda line: model(line).z, x)
     panels[1].set_title("In latent space z = f(x), with the grid")
     axes = np.meshgrid(np.linspace(*x_limits[0], points), np.linspace(*x_limits[1], points))
     plane = torch.tensor(np.stack([axis.ravel() for axis in axes], 1), dtype=x.dtype, device=x.device)
@@ -69,10 +69,10 @@ def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: i
     _scatter(panels[2], x.cpu().numpy(), guess, known)
     panels[2].set_title("Decision regions")
     _scatter(panels[3], drawn, of)
-    _grid(panels[3], z_limits, lambda line: line, x.device)
+    _grid(panels[3], z_limits, lambda line: line, x)
     panels[3].set_title("Samples in latent space")
     _scatter(panels[4], sampled, of)
-    _grid(panels[4], z_limits, model.inverse, x.device)
+    _grid(panels[4], z_limits, model.inverse, x)
     panels[4].set_title("Through the inverse, x = f⁻¹(z), with the grid")
     density = here.log_prob.cpu().numpy().reshape(points, points)
     shown = panels[5].imshow(
@@ -95,11 +95,11 @@ def _scatter(axes, points, labels, known=None):
             axes.scatter(*points[known == label].T, color=_colours(label + 1)[label], **LABELLED)
 
 
-def _grid(axes, limits, through, device, lines=15, points=150):
-    """Lines of equal x_0 and of equal x_1, `through` a map of the plane."""
-    along = [torch.linspace(*limit, points, device=device) for limit in limits]
+def _grid(axes, limits, through, like, lines=15, points=150):
+    """Lines of equal x_0 and of equal x_1, `through` a map of the plane that takes points of the type of `like`."""
+    along = [torch.linspace(*limit, points, dtype=like.dtype, device=like.device) for limit in limits]
     for axis in (0, 1):
-        for value in torch.linspace(*limits[axis], lines, device=device):
+        for value in torch.linspace(*limits[axis], lines, dtype=like.dtype, device=like.device):
             line = torch.stack((value.expand(points), along[1]) if axis == 0 else (along[0], value.expand(points)), 1)
             axes.plot(*through(line).cpu().numpy().T, color="#555555", linewidth=0.4, alpha=0.6, zorder=0)
 

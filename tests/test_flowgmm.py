@@ -253,8 +253,8 @@ class Levels(torch.nn.Module):
 
 
 def test_pictures_show_what_they_say(tmp_path):
-    moons = FlowState(tiny(tmp_path), CPU)
-    x, y = torch.from_numpy(moons.dataset.train_x), torch.full((1000,), -1)
+    moons = FlowState(tiny(tmp_path, precision="fp64"), CPU)  # in which the grids have to be, too
+    x, y = torch.from_numpy(moons.dataset.train_x).double(), torch.full((1000,), -1)
     y[moons.split.labeled] = torch.from_numpy(moons.dataset.train_labels[moons.split.labeled])
     model = moons.ema.module.model
     with torch.inference_mode():
