@@ -93,7 +93,10 @@ class FlowState(TrainingState):
         self.shape = tuple(x.shape[1:])  # of a sample, as the flow takes it
         self.objective = make_objective(config, self.shape, len(dataset.classes), x, y).to(device, dtype)
         self.groups = parameter_groups(self.objective.model, config)
-        self.optimizers = {"optimizer": OPTIMIZERS[config.optimizer](self.groups)}
+        # For the optimiser each group is one tensor: flows have many small ones, and calls cost more than sums.
+        self.flat = [flatten(group["params"]) for group in self.groups]
+        groups = [{**group, "params": [flat]} for group, flat in zip(self.groups, self.flat, strict=True)]
+        self.optimizers = {"optimizer": OPTIMIZERS[config.optimizer](groups)}
         if config.swa_start is None:
             self.ema = EMA(self.objective, config.ema_decay)
         else:
@@ -129,12 +132,16 @@ class FlowState(TrainingState):
             group["lr"] = group["base_lr"] * factor
         return config.lr * factor
 
+    def trained(self) -> list[nn.Parameter]:
+        return [p for group in self.groups for p in group["params"]]
+
     def update(self, gradients: list):
-        for parameter, gradient in zip(self.trained(), gradients, strict=True):
-            parameter.grad = gradient
-        if self.config.clip:
-            for group in self.groups:  # each by itself, as published
-                nn.utils.clip_grad_norm_(group["params"], self.config.clip)
+        of = dict(zip(self.trained(), gradients, strict=True))
+        for group, flat in zip(self.groups, self.flat, strict=True):
+            parts = (torch.zeros_like(p) if of[p] is None else of[p] for p in group["params"])
+            flat.grad = torch.cat([part.flatten() for part in parts])
+            if self.config.clip:  # each group by itself, as published
+                nn.utils.clip_grad_norm_([flat], self.config.clip)
         optimizer = self.optimizers["optimizer"]
         optimizer.step()
         optimizer.zero_grad()
@@ -382,6 +389,14 @@ def parameter_groups(model: FlowDensity, config: Config) -> list[dict]:
         {"params": prior, "lr": config.lr_gmm, "weight_decay": 0.0},
     ]
     return [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
+
+
+def flatten(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """-> (n,) all of their values in turn, in one tensor of which they become views."""
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view_as(p)
+    return flat
 
 
 GAINS = ("weight_g", "original0", "gain")

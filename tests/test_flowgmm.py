@@ -368,7 +368,7 @@ def test_the_rate_rises_falls_and_stays_where_weights_are_averaged():
         state = state_of(x, y, ["a", "b"], **keys, **more)
         for state.step in range(12):
             rate = state.begin_step()
-            groups = [group["lr"] for group in state.groups]
+            groups = [group["lr"] for group in state.optimizers["optimizer"].param_groups]
             assert groups == pytest.approx([rate, 2 * rate])
             yield rate
 
