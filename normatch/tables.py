@@ -65,8 +65,10 @@ def load_table(name: str, data_dir: str | Path | None = None) -> Table:
     return _own(folder)
 
 
-def check_features(x: np.ndarray, where: str, names=None):
+def check_features(x: np.ndarray, where: str, names=None, first: int = 0):
     """x: (N, D). Raises UserError where a value is no number, or a column the same in all rows.
+
+    names: of the columns.   first: the number of the first row.
 
     A density may not be fitted to a constant column: it grows without bound as the column's width goes to nothing.
     """
@@ -74,7 +76,7 @@ def check_features(x: np.ndarray, where: str, names=None):
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise UserError(
-            f"{where}: {bad.any(1).sum()} rows have NaN or infinite features, the first is row {row} (of 0, 1, ...), "
+            f"{where}: {bad.any(1).sum()} rows have NaN or infinite features, the first is row {row + first}, "
             f"column {names[column] if names else column}: leave them out or fill them in"
         )
     constant = np.flatnonzero(np.ptp(x, axis=0) == 0)
@@ -382,7 +384,7 @@ def _own(folder: Path) -> Table:
     unknown = sorted({label for label in test_labels if label not in number})
     if unknown:
         raise UserError(f"{test}: every row needs one of the labels of train.csv, not {unknown[0]!r}")
-    check_features(x, str(folder / "train.csv"), names)
+    check_features(x, str(folder / "train.csv"), names, first=2)
     y, test_y = (np.array([number.get(v, -1) for v in values], np.int64) for values in (labels, test_labels))
     if not len(test_x):
         raise UserError(f"{folder} needs a test.csv, with a few labelled rows to judge the result by")
