@@ -4,8 +4,6 @@
 // time, gathered into a row in cache and scattered from it.
 #include "coupling2d.h"
 
-#include <tuple>
-
 #include "cpu.h"
 
 namespace normatch {
@@ -414,39 +412,10 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
   return {grad_in, grad_params, grad_gain};
 }
 
-std::tuple<Tensor, Tensor> coupling2d(const Tensor& x, const Tensor& params, std::optional<Tensor> gain,
-                                      int64_t changed, bool shift_first, double eps, bool channels_last) {
-  return map_images<false>(x, params, gain, {x, params, changed, shift_first, eps, channels_last});
-}
-
-Tensor coupling2d_inverse(const Tensor& y, const Tensor& params, std::optional<Tensor> gain, int64_t changed,
-                          bool shift_first, double eps, bool channels_last) {
-  return std::get<0>(map_images<true>(y, params, gain, {y, params, changed, shift_first, eps, channels_last}));
-}
-
-std::tuple<Tensor, Tensor, Tensor> coupling2d_backward(const Tensor& grad_y, const Tensor& grad_logdet,
-                                                       const Tensor& saved, const Tensor& params,
-                                                       std::optional<Tensor> gain, int64_t changed, bool shift_first,
-                                                       double eps, bool channels_last) {
-  return image_gradients<false>(grad_y, &grad_logdet, saved, params, gain,
-                                {saved, params, changed, shift_first, eps, channels_last});
-}
-
-std::tuple<Tensor, Tensor, Tensor> coupling2d_inverse_backward(const Tensor& grad_x, const Tensor& saved,
-                                                               const Tensor& params, std::optional<Tensor> gain,
-                                                               int64_t changed, bool shift_first, double eps,
-                                                               bool channels_last) {
-  return image_gradients<true>(grad_x, nullptr, saved, params, gain,
-                               {saved, params, changed, shift_first, eps, channels_last});
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(normatch, CPU, m) {
-  m.impl("coupling2d", TORCH_BOX(&coupling2d));
-  m.impl("coupling2d_backward", TORCH_BOX(&coupling2d_backward));
-  m.impl("coupling2d_inverse", TORCH_BOX(&coupling2d_inverse));
-  m.impl("coupling2d_inverse_backward", TORCH_BOX(&coupling2d_inverse_backward));
+  Coupling2dOps<map_images<false>, map_images<true>, image_gradients<false>, image_gradients<true>>::implement(m);
 }
 
 }  // namespace normatch

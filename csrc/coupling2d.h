@@ -2,6 +2,9 @@
 //   y = (x + t) scale   or, with the scale first,   y = x scale + t;   log-det = sum of log(scale).
 #pragma once
 
+#include <optional>
+#include <tuple>
+
 #include "portable.h"
 #include "tensors.h"
 
@@ -126,6 +129,44 @@ struct ImageCoupling {
                         params.size(2) * params.size(3) == pixels && params.scalar_type() == x.scalar_type(),
                     "coupling2d: arguments do not go together");
     if (changed == Changed::kSecond) first = channels - parts;
+  }
+};
+
+// The ops of a backend, from what it does with a call's shapes: kMap and kInvert give the mapped images and the sums of
+// the log-scale, of which the inverse's are dropped; kGradients and kInverseGradients those of images, params and gain.
+template <auto kMap, auto kInvert, auto kGradients, auto kInverseGradients>
+struct Coupling2dOps {
+  using Gain = std::optional<Tensor>;
+  using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+  static std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& params, Gain gain, int64_t changed,
+                                            bool shift_first, double eps, bool channels_last) {
+    return kMap(x, params, gain, {x, params, changed, shift_first, eps, channels_last});
+  }
+
+  static Tensor inverse(const Tensor& y, const Tensor& params, Gain gain, int64_t changed, bool shift_first, double eps,
+                        bool channels_last) {
+    return std::get<0>(kInvert(y, params, gain, {y, params, changed, shift_first, eps, channels_last}));
+  }
+
+  static Gradients backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& saved, const Tensor& params,
+                            Gain gain, int64_t changed, bool shift_first, double eps, bool channels_last) {
+    return kGradients(grad_y, &grad_logdet, saved, params, gain,
+                      {saved, params, changed, shift_first, eps, channels_last});
+  }
+
+  static Gradients inverse_backward(const Tensor& grad_x, const Tensor& saved, const Tensor& params, Gain gain,
+                                    int64_t changed, bool shift_first, double eps, bool channels_last) {
+    return kInverseGradients(grad_x, nullptr, saved, params, gain,
+                             {saved, params, changed, shift_first, eps, channels_last});
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("coupling2d", TORCH_BOX(&Coupling2dOps::forward));
+    m.impl("coupling2d_backward", TORCH_BOX(&Coupling2dOps::backward));
+    m.impl("coupling2d_inverse", TORCH_BOX(&Coupling2dOps::inverse));
+    m.impl("coupling2d_inverse_backward", TORCH_BOX(&Coupling2dOps::inverse_backward));
   }
 };
 

@@ -138,7 +138,8 @@ class Network {
     constexpr int64_t kBlock = 16;  // a cache line of floats: no line of either side is touched twice
     for (int64_t first = 0; first < rows; first += kBlock)
       for (int64_t i = 0; i < columns; ++i)
-        for (int64_t o = first; o < std::min(first + kBlock, rows); ++o) across[i * across_row + o] = from[o * columns + i];
+        for (int64_t o = first; o < std::min(first + kBlock, rows); ++o)
+          across[i * across_row + o] = from[o * columns + i];
     if (!both_) return;
     for (int64_t o = 0; o < rows; ++o) std::copy_n(from + o * columns, columns, to + o * row);
   }
