@@ -34,8 +34,7 @@ from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches,
 from .methods.flowgmm import FlowGMM, place_means
 from .methods.scnf import SemiConditional
 from .optim import EMA, SCHEDULES, SWA
-from .published import read_tensors
-from .run import load_checkpoint
+from .run import load_checkpoint, read_tensors
 from .state import TrainingState
 from .tables import Table
 

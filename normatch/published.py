@@ -5,7 +5,6 @@ LeeDoYup's FixMatch write. Only tensors and plain values are ever read: nothing 
 """
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from .config import Config
 from .errors import UserError
 from .flows import FlowHead
 from .methods import METHODS
-from .run import load_checkpoint
+from .run import load_checkpoint, read_tensors
 
 # What our own state holds besides the tensors of "model" and "ema"; in a safetensors file each is one JSON string.
 FACTS = (
@@ -99,22 +98,6 @@ def read(path: str | Path, dataset: str | None = None) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # a file can hold anything
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(f"{path} has the keys of a published layout, but not its content: {reason}") from None
-
-
-def read_tensors(path: str | Path):
-    """What torch.save wrote to the file, if it is tensors and plain values alone. Raises `UserError`."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise UserError(
-                f"{path} was refused: it holds more than tensors and plain values, which could run code when it is "
-                "unpickled; nothing of it was run"
-            ) from None
-        raise UserError(f"{path} is not a readable checkpoint (truncated or damaged?): {reason}") from None
 
 
 # ---- Published layouts ---------------------------------------------------------------------------

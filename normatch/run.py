@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -60,7 +61,8 @@ class Run:
             raise UserError(f"{self.folder} is not a run folder, and --overwrite replaces nothing else")
         state, own = None, config.resume == "auto"
         if own:  # there is none where the run was stopped before its first, or never begun
-            state = self._newest_checkpoint(config.steps)
+            state = self._newest_checkpoint(config)
+            own = state is not None or self._nothing_to_lose()
         elif config.resume:
             state = load_checkpoint(config.resume)
             given = Path(config.resume).resolve()
@@ -70,17 +72,27 @@ class Run:
         if state is not None:
             check_same_run(state["config"], config)
         if occupied and not own and not config.overwrite:
+            way = "it has no checkpoint to go on from:" if config.resume == "auto" else "go on with --resume auto,"
             raise UserError(
-                f"the run folder {self.folder} exists: go on with --resume auto, replace it with --overwrite, "
-                "or give another --out"
+                f"the run folder {self.folder} exists: {way} replace it with --overwrite, or give another --out"
             )
         return state
 
-    def _newest_checkpoint(self, steps: int) -> dict | None:
+    def _nothing_to_lose(self) -> bool:
+        """Whether the folder, which holds no whole checkpoint, is not a run's yet, or of one that never had any."""
+        if not self.last.parent.is_dir():  # the first thing that `open` makes
+            files = ("config.yaml", "env.json", "split.npz", "metrics.jsonl", "summary.json")
+            return not any((self.folder / name).exists() for name in files)
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        # A run that went on after an evaluation had saved it.
+        return not (self.folder / "summary.json").exists() and not any('"kind": "eval"' in line for line in lines[:-1])
+
+    def _newest_checkpoint(self, config: Config) -> dict | None:
         """The last checkpoint, or where that is damaged the one before, saying so; None where there is none.
 
-        Also the one before where that is of the last of `steps`, but the run was killed before it wrote its summary:
-        the same bits come out again.
+        Also the one before, or none where a run has only one, where that is of the last step, but the run was killed
+        before it wrote its summary: the same bits come out again.
         """
         first = ended = None
         for path in (self.last, *self.earlier):
@@ -91,7 +103,7 @@ class Run:
                     first = first or error
                     self.damaged.append(path)
                     continue
-                if state["step"] >= steps and not (self.folder / "summary.json").exists():
+                if state["step"] >= config.steps and not (self.folder / "summary.json").exists():
                     ended = ended or state
                     continue
                 if first:
@@ -99,7 +111,7 @@ class Run:
                 return state
         if first and not ended:
             raise first
-        return ended
+        return None if config.steps <= config.eval_every and not first else ended
 
     def save(self, state: dict, improved: bool):
         """Write the last checkpoint, keep those before it, and where it `improved` write the best one too."""
@@ -196,19 +208,30 @@ def load_checkpoint(path: str | Path, chosen: bool = False) -> dict:
         if chosen and best.exists() and path.exists():
             state = load_checkpoint(path)
             return load_checkpoint(best) if state.get("held_out") else state
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-            if (bad := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {bad} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint (truncated or damaged?): {reason}") from None
+    state = read_tensors(path)
     if not isinstance(state, dict) or not {"normatch", "config", "model", "ema"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of normatch")
     return state
+
+
+def read_tensors(path: str | Path):
+    """What torch.save wrote to the file, if it is tensors and plain values alone. Raises `UserError`."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        if zipfile.is_zipfile(path):  # the format of old is none
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+                if (bad := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {bad} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise UserError(
+                f"{path} was refused: it holds more than tensors and plain values, which could run code when it is "
+                "unpickled; nothing of it was run"
+            ) from None
+        raise UserError(f"{path} is not a readable checkpoint (truncated or damaged?): {reason}") from None
 
 
 def check_same_run(saved: dict, config: Config):

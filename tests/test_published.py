@@ -261,7 +261,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     refused(saved({"normatch": "0.1.0", "config": {}}, tmp_path), "missing")
     refused(tmp_path / "nothing.pth.tar", "there is no checkpoint")
     whole = saved(make("kekmodel")[0], tmp_path).read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"hello"):
+    flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    for damaged in (whole[: len(whole) // 2], flipped, b"", b"hello"):
         (tmp_path / "damaged.pth").write_bytes(damaged)
         refused(tmp_path / "damaged.pth", "damaged")
 

@@ -206,6 +206,11 @@ def test_a_run_killed_before_its_summary_repeats_its_last_stretch(tmp_path):
     run.write_summary({})
     run.close()
     assert Run(config).checkpoint_to_resume(config)["step"] == 20
+    (run.folder / "summary.json").unlink()
+    run.earlier[0].unlink()
+    assert Run(config).checkpoint_to_resume(config)["step"] == 20, "its checkpoints are of more than this one"
+    single = config.model_copy(update={"eval_every": 20})
+    assert Run(single).checkpoint_to_resume(single) is None
 
 
 @pytest.mark.parametrize(
@@ -272,6 +277,30 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
 
 def test_resume_auto_starts_afresh_where_there_is_nothing(tmp_path):
     assert normatch.train(tiny(tmp_path / "run", resume="auto")).summary["resumed_from_step"] is None
+
+
+def test_resume_auto_starts_afresh_only_where_nothing_is_lost(tmp_path):
+    config = tiny(tmp_path / "run", resume="auto")
+    run, metrics = Run(config), tmp_path / "run" / "metrics.jsonl"
+    run.open(config, torch.device("cpu"), 0)
+    for kind, step in (("train", 5), ("eval", 5)):  # and killed before the checkpoint
+        run.log(step, kind, {})
+        assert Run(config).checkpoint_to_resume(config) is None
+    before = metrics.read_text()
+    for name, content in (("metrics.jsonl", before + before), ("summary.json", "{}")):  # its checkpoints were deleted
+        (tmp_path / "run" / name).write_text(content)
+        with pytest.raises(UserError, match="no checkpoint to go on from"):
+            Run(config).checkpoint_to_resume(config)
+        metrics.write_text(before)
+    run.close()
+
+    other = tiny(tmp_path / "other", resume="auto")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.txt").write_text("of the scheduler")
+    assert Run(other).checkpoint_to_resume(other) is None
+    (tmp_path / "other" / "config.yaml").write_text("mine: true")
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        Run(other).checkpoint_to_resume(other)
 
 
 def test_a_checkpoint_can_be_resumed_into_another_folder(tmp_path, monkeypatch):
