@@ -51,8 +51,8 @@ def knn_label_spreading(x, y, unlabeled, test, angular, seed):
 
 
 def rbf_label_spreading(x, y, unlabeled, test, angular, seed):
-    """exp(-4 (1 - cos)), or exp(-|a - b|^2 / (D / 2)) of standardised features; alpha = 2/3."""
-    gamma = 2.0 if angular else 2.0 / x.shape[1]
+    """exp(-4 (1 - cos)), or exp(-2 |a - b|^2 / v), v the variance of all features together; alpha = 2/3."""
+    gamma = 2.0 if angular else 2.0 / float(unlabeled.var(0).sum())
     graph = {"kernel": "rbf", "gamma": gamma, "alpha": 2 / 3, "tol": 1e-3, "max_iter": 30}
     return _label_spreading(x, y, unlabeled, test, angular, seed, RBF_ROWS, **graph)
 
