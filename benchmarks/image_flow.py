@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from normatch import ops, reference
 from normatch.flows import Flow, FlowClassifier, GaussianMixture, RealNVPMNIST
-from normatch.flows.realnvp import _steps
+from normatch.flows.layers import ImageCoupling
+from normatch.flows.realnvp import ResidualNet
 
 RESULTS = Path(__file__).parent / "results" / "image-flow"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,7 +222,8 @@ def memory(args):
     x = torch.rand(args.batch, 4, 14, 14, device=DEVICE)
     kept = {}
     for couplings in (4, 8, 16, 32):
-        layers = _steps(4, args.width, args.blocks, ("even", "odd") * (couplings // 2))
+        parts = ("even", "odd") * (couplings // 2)
+        layers = [ImageCoupling(ResidualNet(4, args.width, args.blocks, masked=True), 4, part) for part in parts]
         flow = Flow(layers, (4, 14, 14)).to(DEVICE)
         for flow.reversible in (False, True):
             storages = {}
