@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from normatch.bench import step as bench
 from normatch.cli import make_parser
@@ -39,8 +40,16 @@ def test_the_record_holds_every_formulation_and_part(tmp_path, capsys, method):
     assert "x faster" in capsys.readouterr().out
 
 
-def test_a_formulation_that_computes_something_else_is_refused(monkeypatch):
-    forward = bench.PublishedFlow.forward
-    monkeypatch.setattr(bench.PublishedFlow, "forward", lambda flow, x: forward(flow, x + 0.1))
+def shifted(flow, x, forward=bench.PublishedFlow.forward):
+    return forward(flow, x + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "planted"),
+    [(bench.PublishedFlow, "forward", shifted), (torch.optim.SGD, "step", lambda optimizer: None)],
+    ids=["another flow", "no optimiser"],
+)
+def test_a_formulation_that_computes_something_else_is_refused(monkeypatch, target, name, planted):
+    monkeypatch.setattr(target, name, planted)
     with pytest.raises(RuntimeError, match="do not agree"):
         run()

@@ -257,7 +257,7 @@ def published_step(state: ClassifierState):
     sgd = torch.optim.SGD(
         decay_groups(classifier, config.weight_decay), lr=config.lr, momentum=0.9, nesterov=True
     )  # fmt: skip
-    averaged = copy.deepcopy(classifier).eval()
+    averaged = state.ema.module.classifier
     if flow:
         adamw = torch.optim.AdamW(
             [*flow.parameters(), *flow.prior], lr=config.flow_lr, weight_decay=config.weight_decay
@@ -326,23 +326,32 @@ def interleave(x, size: int):
 
 
 def check_agreement(config: Config, device: torch.device) -> None:
-    """Raises RuntimeError where the three steps do not find the same loss for the same weights and images."""
-    config = config.model_copy(update={**PUBLISHED, "batch_size": 8, "dropout": 0.0, "augment_backend": "pil"})
-    losses = {}
+    """Raises RuntimeError where the three steps do not find the same losses and averages from the same weights on."""
+    config = config.model_copy(
+        update={**PUBLISHED, "batch_size": 8, "dropout": 0.0, "ema_decay": 0.9, "augment_backend": "pil"}
+    )
+    found = {}
     for name in ("published", "closed form", "normatch"):
         state = fresh_state(config, device)
         state.step = 2048  # the flow losses count
         state.clock.fill_(state.step)
         for flow in state.flows if name == "closed form" else ():
             flow.__class__ = ClosedHead
-        batch = next(state.batches(0))
+        batch, before = next(state.batches(0)), copy.deepcopy(state.ema.module.classifier)
         if name == "published":
-            losses[name] = published_step(state)(batch).item()
+            step = published_step(state)
+            found[name] = [step(batch).item() for _ in range(2)]
         else:
-            losses[name] = state.objective(batch, state.clock)[0].item()
+            step = TrainStep(state)
+            found[name] = [step([batch])[0, 0].item() for _ in range(2)]
+        pairs = zip(state.ema.module.classifier.parameters(), before.parameters(), strict=True)
+        found[name].append(sum((after - first).abs().sum() for after, first in pairs).item())
     # The published negative log-likelihood holds a constant, D ln 256, times r = 0.4 and its weight of about 1e-6.
-    if not all(math.isclose(loss, losses["published"], rel_tol=2e-3) for loss in losses.values()):
-        raise RuntimeError(f"the steps do not agree: {losses}")
+    wanted = found["published"]
+    if not all(
+        math.isclose(a, b, rel_tol=2e-3) for values in found.values() for a, b in zip(values, wanted, strict=True)
+    ):
+        raise RuntimeError(f"the steps do not agree: loss, loss after a step, path of the average: {found}")
 
 
 # ---- where the time goes
