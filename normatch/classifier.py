@@ -35,8 +35,12 @@ class ClassifierState(TrainingState):
             )
         if config.compat == "reference" and self.dataset.name.startswith("svhn"):
             self.dataset = replace(self.dataset, flip=True)  # the paper leaves digits as they are
-        if config.batch_size % config.accumulate:
-            raise UserError(f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}")
+        ranks = distributed.ranks()
+        if config.accumulate > 1 and config.batch_size % (config.accumulate * ranks):
+            processes = f" times the {ranks} processes" if ranks > 1 else ""
+            raise UserError(
+                f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}{processes}"
+            )
         self.split = make_split(self.dataset, config.num_labels, config.seed, config.num_val)
         uratio = config.uratio if METHODS[config.method].uses_unlabeled else 0
         self.images_per_step = config.batch_size * (1 + 2 * uratio)
@@ -50,7 +54,7 @@ class ClassifierState(TrainingState):
             config.batch_size // config.accumulate,
             uratio,
             rank=distributed.rank(),
-            ranks=distributed.ranks(),
+            ranks=ranks,
         )
 
         image_size, classes = self.dataset.train_images.shape[1], len(self.dataset.classes)

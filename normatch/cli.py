@@ -8,7 +8,7 @@ import warnings
 from typing import Literal, get_args, get_origin
 
 from . import __version__
-from .config import ALIASES, PRESETS, Config, canonical, make_config
+from .config import ALIASES, PRESETS, UNNEEDED_SWITCHES, Config, canonical, make_config
 from .errors import UserError
 
 
@@ -177,8 +177,9 @@ def _spell_check(arguments: list[str]) -> list[str]:
     """Rewrite configuration keys under our names; an unknown one raises `UserError` with the nearest known."""
     if arguments[:1] not in (["train"], ["verify-resume"]):
         return arguments
-    result = []
-    for argument in arguments:
+    result, arguments = [], list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or name in ("", "config", "help", "kills"):
             result.append(argument)
@@ -189,6 +190,9 @@ def _spell_check(arguments: list[str]) -> list[str]:
             result += [f"--{ours}={implied}" for ours, implied in key.items() if on]
         elif key is None:
             print(f"normatch: {argument} is not needed here and does nothing", file=sys.stderr)
+            takes_value = not equals and name.replace("-", "_") not in UNNEEDED_SWITCHES
+            if takes_value and arguments and not arguments[0].startswith("--"):
+                arguments.pop(0)
         else:
             result.append(f"--{key}{equals}{value}")
     return result

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from .errors import UserError, nearest
 from .tables import TABLES
@@ -65,8 +65,8 @@ class Config(BaseModel):
     ema_decay: Share = key(0.999, "decay of the averaged weights that are evaluated")
 
     lambda_u: Weight = key(1.0, "weight of the unlabelled loss")
-    mixing: bool = key(False, "wide ResNets: mix the last feature maps of two images in half of the batches")
-    T: Annotated[float, Field(gt=0)] = key(1.0, "temperature of the pseudo-labels")
+    mixing: bool = key(False, "wide ResNets: mix the last channels with each other in half of the batches")
+    T: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(1.0, "temperature of the pseudo-labels")
     p_cutoff: Share = key(0.95, "confidence threshold of FixMatch; for NorMatch only reported")
     hard_label: bool | None = key(
         None, "one-hot pseudo-labels; none: as published, yes for fixmatch and three voters, no for normatch"
@@ -101,8 +101,8 @@ class Config(BaseModel):
         "random", "circle", "diagonal", "simplex", "antipodal", "pixel_const", "split_dims", "split_dims_v2",
         "from_data", "from_latent", "from_z", "random_data", "spread",
     ] = key("random", "flowgmm: where the classes' Gaussians stand; docs/flowgmm.md explains each rule")  # fmt: skip
-    means_r: float = key(1.0, "flowgmm: scale of the means")
-    sigma: Annotated[float, Field(gt=0)] = key(1.0, "flowgmm: width of the Gaussians")
+    means_r: FiniteFloat = key(1.0, "flowgmm: scale of the means")
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(1.0, "flowgmm: width of the Gaussians")
     means_trainable: bool = key(False, "flowgmm: train the means")
     weights_trainable: bool = key(False, "flowgmm: train the classes' shares")
     covs_trainable: bool = key(False, "flowgmm: train the widths")
@@ -553,13 +553,36 @@ ALIASES = {
     "unlab_weight": "lambda_u",
     "cov_std": "sigma",
     "data_path": "data_dir",
+    "save_name": "out",
+    "load_path": "resume",
     "supervised_only": {"lambda_u": "0"},
     "gmm_trainable": {"means_trainable": "true", "weights_trainable": "true", "covs_trainable": "true"},
 }
 
 
-# Published flags for what always holds here: endless sampling, Nesterov momentum, averaging, one process a device.
-UNNEEDED = ("expand_labels", "nesterov", "use_ema", "opt_level", "gpu_id", "local_rank")
+# What may differ between a checkpoint and the run that goes on from it: nothing here changes what is computed, but
+# device and compile change how it is rounded, and dali differs from the other backends in a few pixels.
+FREE_KEYS = {
+    "data_dir", "download", "device", "in_memory", "num_workers", "augment_backend", "compile", "log_every",
+    "eval_every", "out", "resume", "overwrite", "progress", "profile", "keep",
+}  # fmt: skip
+
+
+# Published flags for what always holds here: endless sampling, Nesterov momentum, averaging; or what torchrun, the data
+# set and the checkpoint say: processes, devices, classes, where to go on. Switches, and flags with a value.
+UNNEEDED_SWITCHES = ("expand_labels", "nesterov", "use_ema", "multiprocessing_distributed")
+UNNEEDED = (
+    *UNNEEDED_SWITCHES, "opt_level", "gpu_id", "gpu", "local_rank", "rank", "world_size", "dist_url", "dist_backend",
+    "num_classes", "train_sampler", "eval_batch_size", "epoch", "start_epoch", "save_dir",
+)  # fmt: skip
+
+
+# Published flags whose place is in the name of the backbone.
+NETWORK_FLAGS = {
+    "depth": "--backbone wrn-DEPTH-WIDTH",
+    "widen_factor": "--backbone wrn-DEPTH-WIDTH",
+    "net_from_name": "--backbone torchvision:NAME",
+}
 
 
 def canonical(name: str) -> str | dict[str, str] | None:
@@ -571,21 +594,28 @@ def canonical(name: str) -> str | dict[str, str] | None:
         return ALIASES[name]
     if name in UNNEEDED:
         return None
+    if name in NETWORK_FLAGS:
+        raise UserError(f"{name} is part of the network's name here: {NETWORK_FLAGS[name]}")
     raise UserError(f"unknown key {name!r}{nearest(name, [*Config.model_fields, *ALIASES, *UNNEEDED])}")
 
 
 def make_config(preset: str | None = None, file: str | Path | None = None, **keys) -> Config:
     """The preset, under the file, under the keys: what comes later wins. Returns the checked configuration.
 
-    Without a preset, the first one of the data set and method that file or keys name; without these, `digits`.
+    Without a preset, the first one of the data set and method that file or keys name; without these, `digits`. To go on
+    (`resume="auto"`) from a run folder, its own configuration.
     Raises `UserError` for unknown presets and keys (with the nearest known one) and for values of the wrong type.
     """
     given = {**({} if file is None else read_config(file)), **_canonical_keys(keys)}
-    if preset is None:
-        preset = _preset_of(given.get("dataset", "digits"), given.get("method"))
-    if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
-    config = checked({**PRESETS[preset], **given})
+    saved = Path(given.get("out") or "", "config.yaml")
+    if preset is None and given.get("resume") == "auto" and given.get("out") and saved.is_file():
+        base = {name: value for name, value in read_config(saved).items() if name != "overwrite"}
+    else:
+        preset = preset or _preset_of(given.get("dataset", "digits"), given.get("method"))
+        if preset not in PRESETS:
+            raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
+        base = PRESETS[preset]
+    config = checked({**base, **given})
     if config.out == "" or config.resume == "":
         raise UserError("--out and --resume need a folder's name, not an empty one")
     return config
@@ -676,6 +706,8 @@ def _canonical_keys(keys: dict) -> dict:
         if isinstance(name, dict):  # a published on/off flag
             result.update({} if str(value).lower() in ("false", "0", "no", "off") else name)
             continue
+        if name == "dataset" and value == "mini_imagenet":  # as NorMatch calls it
+            value = "miniimagenet"
         optional = type(None) in get_args(Config.model_fields[name].annotation)
         result[name] = None if optional and str(value).lower() == "none" else value
     return result

@@ -81,12 +81,18 @@ def average_(gradients: list[torch.Tensor], parts: int = 1):
     torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
-def share_buffers(module: nn.Module):
-    """Give all processes the first one's floating-point buffers: the statistics of a BatchNorm that is not synced."""
+def share(module: nn.Module):
+    """Give all processes the first one's parameters and floating-point buffers.
+
+    At the start those of a module that each process made for itself, later the statistics of a BatchNorm that is not
+    synced.
+    """
     if dist.is_initialized():
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, 0)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                value = tensor.detach().contiguous()
+                dist.broadcast(value, 0)
+                tensor.detach().copy_(value)
 
 
 def gather(value) -> list:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from .config import FREE_KEYS
 from .errors import UserError
 
 
@@ -72,10 +73,7 @@ STYLES = ["-", "--", ":", "-."]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 POINTS = 400  # a longer curve is averaged down to as many
 
-# What differs between runs of the same experiment.
-NOT_THE_EXPERIMENT = {
-    "seed", "out", "resume", "overwrite", "progress", "data_dir", "download", "num_workers", "keep", "profile",
-}  # fmt: skip
+NOT_THE_EXPERIMENT = {"seed", *FREE_KEYS}  # what differs between runs of the same experiment
 
 
 @dataclass
@@ -171,6 +169,11 @@ def group(runs: list[RunCurves]) -> dict[str, list[RunCurves]]:
     return result
 
 
+def overlap(curves: list) -> bool:
+    """[(steps, values)] of several runs -> whether there is a step that lies within each."""
+    return bool(curves) and max(steps[0] for steps, _ in curves) <= min(steps[-1] for steps, _ in curves)
+
+
 def mean_and_std(curves: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[(steps, values)] of several runs -> steps (n,), mean (n,), standard deviation (n,) over the runs at each step.
 
@@ -212,12 +215,12 @@ def draw(runs: list[RunCurves]):
         names = [name for name in panel.curves if any(name in run.curves for run in runs)]
         for members, colour in zip(groups.values(), _colours(len(groups)), strict=True):
             for name, style in zip(names, STYLES, strict=False):
-                curves = [thin(*run.curves[name]) for run in members if name in run.curves]
-                if curves:
-                    steps, mean, std = mean_and_std(curves)
-                    mean, std = panel.scale * mean, panel.scale * std
+                curves = [run.curves[name] for run in members if name in run.curves]
+                for together in [curves] if overlap(curves) else [[curve] for curve in curves]:
+                    steps, mean, std = mean_and_std(together)
+                    steps, mean, std = thin(steps, steps)[0], *(panel.scale * thin(steps, v)[1] for v in (mean, std))
                     axes.plot(steps, mean, style, color=colour, linewidth=1.4)
-                    if len(curves) > 1:
+                    if len(together) > 1:
                         below = np.maximum(mean - std, 1e-9) if panel.log and (mean >= 0).all() else mean - std
                         axes.fill_between(steps, below, mean + std, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(panel.title, fontsize=10)

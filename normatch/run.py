@@ -1,5 +1,6 @@
 """The run folder: configuration, environment, split, metrics, checkpoints, summary."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,15 +15,8 @@ import torch
 import yaml
 
 from . import __version__, distributed, ops
-from .config import Config
+from .config import FREE_KEYS, Config
 from .errors import UserError
-
-# What may differ between a checkpoint and the run that goes on from it: nothing here changes what is computed, but
-# device and compile change how it is rounded, and dali differs from the other backends in a few pixels.
-FREE_KEYS = {
-    "data_dir", "download", "device", "in_memory", "num_workers", "augment_backend", "compile", "log_every",
-    "eval_every", "out", "resume", "overwrite", "progress", "profile", "keep",
-}  # fmt: skip
 
 
 class Run:
@@ -138,21 +132,22 @@ class Run:
             if config.overwrite and (self.source or not resumed_from) and self.folder.exists():
                 shutil.rmtree(self.folder)
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.last.parent.glob("*.new"):  # left by a process that was killed while writing
-                unfinished.unlink()
+            for unfinished in (*self.folder.glob("*.new"), *self.last.parent.glob("*.new")):
+                unfinished.unlink()  # left by a process that was killed while writing
             for path in self.damaged:  # else `save` would put it in the place of the one that this run goes on from
-                path.unlink(missing_ok=True)
+                if path.exists():
+                    os.replace(path, path.with_suffix(".damaged"))
             if self.source and (self.source / "best.pt").is_file():
                 shutil.copyfile(self.source / "best.pt", self.best)
         except OSError as error:
             raise UserError(f"the run folder {self.folder} cannot be made: {error}") from None
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-        (self.folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        write_text(self.folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
 
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         kept = [line for line in lines if _step(line) <= resumed_from]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        write_text(metrics, "".join(line + "\n" for line in kept))
         self.metrics = metrics.open("a")
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -174,25 +169,47 @@ class Run:
     def write_summary(self, summary: dict):
         if not self.writes:
             return
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self):
         if self.tensorboard is not None:
-            self.metrics.close()
-            self.tensorboard.close()
+            for file in (self.metrics, self.tensorboard):
+                try:
+                    file.close()
+                except OSError as error:  # of a full disk, which must not hide what ended the run
+                    print(f"normatch: the last figures of {self.folder} are not written: {error}", file=sys.stderr)
 
 
-def save_checkpoint(path: Path, state: dict):
-    """Write `state` so that `path` is always a whole checkpoint: a new file, flushed to the disk, then renamed."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A file to write bytes to, which takes the place of `path` once it is whole and flushed to the disk."""
     new = path.with_suffix(".new")
     try:
         with new.open("wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except (OSError, RuntimeError) as error:  # torch's writer makes its own of what the system said
+    except Exception:
         new.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str):
+    """Write the text so that `path` is always whole, as it was or as it is now. Raises `UserError`."""
+    try:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"{path} could not be written, what was there is kept: {error}") from None
+
+
+def save_checkpoint(path: Path, state: dict):
+    """Write `state` so that `path` is always a whole checkpoint. Raises `UserError`, and the one before it is kept."""
+    try:
+        with replacing(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer makes its own of what the system said
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {reason}") from None
 
@@ -237,6 +254,7 @@ def read_tensors(path: str | Path):
 def check_same_run(saved: dict, config: Config):
     """Raise `UserError` where the checkpoint's configuration and this one would not make the same weights."""
     wanted = config.model_dump()
+    saved = {**Config.model_construct().model_dump(), **saved}  # of a version with fewer keys
     if saved["method"] != config.method:
         raise UserError(f"the checkpoint is of method {saved['method']!r}, this run is of {config.method!r}")
     different = [k for k in wanted if k not in FREE_KEYS and saved.get(k) != wanted[k]]

@@ -100,6 +100,8 @@ class TrainingState:
 
     def load(self, content: dict):
         """Go on from a checkpoint. Raises `UserError` where it does not belong to this run."""
+        if content["split"] is None:
+            raise UserError("the checkpoint was converted: it holds no optimiser, and training cannot go on from it")
         if content["split"] != self.split.sha256:
             raise UserError("the checkpoint was trained on other labelled images than this data set and seed give")
         saved, policy = content.get("policy"), self._policy()

@@ -65,6 +65,13 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
     if checkpoint:
         state.load(checkpoint)
     start = state.step
+    if len(found := set(distributed.gather(start))) > 1:
+        raise UserError(
+            f"the processes found checkpoints of different steps, {' and '.join(map(str, sorted(found)))}: the run "
+            f"folder {run.folder} must be one that all of them see"
+        )
+    for module in (state.objective, state.ema.module):
+        distributed.share(module)
     distributed.barrier()  # all have looked at the run folder
     run.open(config, device, start)
     run.save_split(state.split)
@@ -109,7 +116,7 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                 report.advance(state.step)
 
             if evaluating:
-                distributed.share_buffers(state.ema.module)  # judged is what the checkpoint holds
+                distributed.share(state.ema.module)  # judged is what the checkpoint holds
                 scores = state.evaluate(last)
                 run.log(state.step, "eval", scores)
                 chosen = scores["val_accuracy" if held_out else "test_accuracy"]

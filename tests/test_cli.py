@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import normatch
-from normatch.cli import main
+from normatch.cli import _spell_check, main
 from normatch.data import Split, load_dataset
 
 QUICK = ["--backbone", "wrn-10-1", "--steps", "4", "--batch_size", "8", "--uratio", "1", "--num_workers", "0"]
@@ -118,6 +118,12 @@ def test_info(capsys):
     out = capsys.readouterr().out
     for text in (normatch.__version__, torch.__version__, "DALI"):
         assert text in out
+
+
+def test_flags_that_say_nothing_here_take_their_value_along(capsys):
+    published = ["train", "--gpu-id", "0", "--nesterov", "digits", "--world-size", "-1", "--rank=0", "--expand-labels"]
+    assert _spell_check(published) == ["train", "digits"]
+    assert len(capsys.readouterr().err.splitlines()) == 5
 
 
 def test_help_of_train_names_keys_and_published_aliases(capsys):

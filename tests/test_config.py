@@ -86,6 +86,16 @@ def test_published_command_lines_are_understood():
     keys = {"arch": "wideresnet", "expand-labels": True, "use_ema": True, "num-labeled": 4000, "lr": 0.03}
     config = make_config(dataset="cifar10", **keys)
     assert (config.backbone, config.num_labels) == ("wrn-28-2", 4000)
+    assert make_config(dataset="mini_imagenet").dataset == "miniimagenet"
+    keys = {"save_name": "mine", "load_path": "theirs.pth", "num_classes": 10, "world-size": 1, "train_sampler": "x"}
+    assert make_config(**keys).model_dump().items() >= {"out": "mine", "resume": "theirs.pth"}.items()
+
+
+def test_a_run_folder_is_gone_on_from_under_its_own_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text("dataset: cifar10\nmethod: fixmatch\nbatch_size: 4\noverwrite: true\n")
+    config = make_config(resume="auto", out=str(tmp_path), lr=0.1)
+    assert (config.dataset, config.method, config.batch_size, config.lr) == ("cifar10", "fixmatch", 4, 0.1)
+    assert not config.overwrite and make_config(out=str(tmp_path)).dataset == "digits"
 
 
 def test_none_means_none_where_a_key_may_be_empty():
@@ -108,6 +118,9 @@ def test_aliases_lead_somewhere():
         ({"steps": 0}, "steps"),
         ({"lr": "nan"}, "lr"),
         ({"lr": -1}, "lr"),
+        ({"T": "inf"}, "T"),
+        ({"widen-factor": 8}, "backbone wrn-DEPTH-WIDTH"),
+        ({"means_r": "nan"}, "means_r"),
         ({"batch_size": 1.5}, "batch_size"),
         ({"method": "fixmach"}, "fixmatch"),
         ({"dist_align": "perhaps"}, "dist_align"),

@@ -94,18 +94,24 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_on_fewer(tmp_path)
 
 
 COMPILED = """
-import functools, sys, torch
+import functools, os, sys, torch
 from torch import nn
 import normatch
 
 torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs, without the time a compiler takes
 for name in ("eager", "compiled"):
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ["RANK"]))  # a module of each process's own making
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4), nn.BatchNorm2d(6), nn.ReLU())
     normatch.train(
         backbone=backbone, compile=name == "compiled", sync_bn=True, steps=3, batch_size=4, uratio=1, eval_every=3,
         log_every=1, couplings=1, dropout=0.0, precision="fp64", device="cpu", out=f"{sys.argv[1]}/{name}",
     )
+    ours, theirs = normatch.distributed.gather([p.detach() for p in backbone.parameters()])
+    assert all(map(torch.equal, ours, theirs)), "the processes trained two networks"
+    assert len(set(normatch.distributed.gather(torch.rand(1).item()))) == 2, "both draw the same dropout"
+    sums = [torch.full((2,), 1.0 + 2 * normatch.distributed.rank())]  # 1 and 3, each over two parts of a batch
+    normatch.distributed.average_(sums, parts=2)
+    assert sums[0].tolist() == [1, 1]
 """
 
 

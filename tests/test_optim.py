@@ -1,14 +1,18 @@
 """Average, schedule and optimiser steps against the recorded numbers of the published training loops."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.classifier import FlowOptimizer
+from normatch.classifier import ClassifierState, FlowOptimizer
+from normatch.config import make_config
 from normatch.flows import FlowHead
 from normatch.optim import EMA, SGD, AdamW, cosine_7_16, decay_groups
+from normatch.state import TrainStep
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-12), (torch.float32, 4 * 3e-7)])
@@ -138,6 +142,39 @@ def test_sgd(golden):
     for name, value in net.state_dict().items():
         want = data[f"out64/sgd_kek/{name}"]
         assert np.abs(value.numpy() - want).max() <= 1e-9 * np.abs(want).max(), name
+
+
+def test_the_configuration_reaches_the_step():
+    """Five steps against torch.optim, with rates, warm-up, decay, clipping and average spelled out."""
+    keys = {"lr": 0.1, "flow_lr": 0.01, "warmup": 2, "weight_decay": 0.2, "clip": 0.05, "ema_decay": 0.6}
+    keys |= {"batch_size": 4, "uratio": 1, "steps": 10, "warmup_flow": 0, "dropout": 0.0, "precision": "fp64"}
+    state = ClassifierState(make_config(backbone="wrn-10-1", device="cpu", **keys), torch.device("cpu"))
+    state.objective.train()
+    twin = copy.deepcopy(state.objective)
+    averaged = [p.detach().clone() for p in twin.parameters()]
+    weights = list(twin.classifier.parameters())
+    groups = ([p for p in weights if p.ndim > 1], 0.2), ([p for p in weights if p.ndim == 1], 0.0)
+    groups = [{"params": params, "weight_decay": decay} for params, decay in groups]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    flow = list(twin.method.flows.parameters())
+    adamw = torch.optim.AdamW(flow, lr=0.01, weight_decay=0.2)
+    batch = {"images": torch.randn(12, 3, 32, 32), "y": torch.arange(4), "u_y": torch.arange(4)}
+    step = TrainStep(state)
+    for number, factor in enumerate((0, 0.5, *(np.cos(7 / 16 * np.pi * done / 8) for done in range(3)))):
+        for group in sgd.param_groups:
+            group["lr"] = 0.1 * factor
+        adamw.param_groups[0]["lr"] = 0.01 * factor
+        twin.zero_grad()
+        twin(batch, torch.tensor(number))[0].backward()
+        assert nn.utils.clip_grad_norm_(flow, 0.05) > 0.05
+        sgd.step()
+        adamw.step()
+        averaged = [0.6 * old + 0.4 * p.detach() for old, p in zip(averaged, twin.parameters(), strict=True)]
+        assert state.begin_step() == pytest.approx(0.1 * factor)
+        step([batch])
+    for wanted, module in ((list(twin.parameters()), state.objective), (averaged, state.ema.module)):
+        for (name, got), want in zip(module.named_parameters(), wanted, strict=True):
+            assert torch.allclose(got, want, rtol=1e-7, atol=1e-9), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -100,6 +100,19 @@ def test_mean_ends_where_the_shortest_run_ends():
     assert np.allclose(std, np.sqrt(2))
 
 
+def test_seeds_of_very_different_length_are_drawn(tmp_path):
+    longer = [write_run(tmp_path / str(seed), seed=seed, steps=20000) for seed in (0, 1)]
+    short = write_run(tmp_path / "short", seed=2, steps=20)
+    (line,) = drawn(longer[0], short)[0]["Learning rate"].get_lines()
+    assert line.get_xdata().tolist() == [10, 20]
+    (line,) = drawn(*longer)[0]["Learning rate"].get_lines()
+    assert len(line.get_xdata()) == plots.POINTS
+    content = (longer[1] / "metrics.jsonl").read_text().splitlines()
+    (longer[1] / "metrics.jsonl").write_text("\n".join(line for line in content if json.loads(line)["step"] > 50))
+    first, second = drawn(longer[1], short)[0]["Learning rate"].get_lines()  # nothing in common: each by itself
+    assert len(first.get_xdata()) > 100 and second.get_xdata().tolist() == [10, 20]
+
+
 def test_a_long_run_is_averaged_down():
     steps = np.arange(1000.0)
     thin, values = plots.thin(steps, 2 * steps, points=300)

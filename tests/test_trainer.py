@@ -13,11 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import normatch
+import normatch.convert
+from normatch import distributed
 from normatch.classifier import ClassifierState
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.run import Run, load_checkpoint
+from normatch.run import Run, check_same_run, load_checkpoint, write_text
 from normatch.state import TrainStep
 from normatch.verify import same
 
@@ -183,7 +185,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
     for step in (10, 20):
         run.save({**state, "step": step}, improved=True)
     run.close()
-    run.last.write_bytes(b"")
+    run.last.write_bytes(b"hello")
 
     run = Run(config)
     assert run.checkpoint_to_resume(config)["step"] == 10
@@ -193,6 +195,63 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path, monk
         run.save({**state, "step": 20}, improved=False)
     run.close()
     assert Run(config).checkpoint_to_resume(config)["step"] == 10
+    assert run.last.with_suffix(".damaged").read_bytes() == b"hello"  # it may have been the disk, for a moment
+
+
+def test_what_a_run_folder_holds_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run", resume="auto")
+    run = Run(config)
+    run.open(config, torch.device("cpu"), 0)
+    run.log(5, "train", {"loss": 1.0})
+    run.close()
+    before = {path.name: path.read_bytes() for path in run.folder.glob("*.*")}
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("normatch.run.os.fsync", full)
+    for text in ("config.yaml", "env.json", "metrics.jsonl", "summary.json"):
+        with pytest.raises(UserError, match=f"{text} could not be written.*No space left"):
+            write_text(run.folder / text, "new")
+    with pytest.raises(UserError, match="could not be written"):
+        run.open(config, torch.device("cpu"), 5)
+    assert {path.name: path.read_bytes() for path in run.folder.glob("*.*")} == before
+
+
+def test_a_full_disk_while_logging_is_named_with_the_step(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    def log(run, *_):
+        monkeypatch.setattr(run.tensorboard, "close", fail)
+        fail()
+
+    monkeypatch.setattr(Run, "log", log)
+    with pytest.raises(UserError, match=r"stopped at step 5, its checkpoints are intact: .*No space left"):
+        normatch.train(tiny(tmp_path / "run"))
+
+
+def test_a_checkpoint_of_a_version_with_fewer_keys_is_gone_on_from(tmp_path):
+    config = tiny(tmp_path / "run")
+    saved = config.model_dump()
+    del saved["label_weight"]
+    check_same_run(saved, config)
+    with pytest.raises(UserError, match=r"label_weight=1\.0, this run has label_weight=2\.0"):
+        check_same_run(saved, config.model_copy(update={"label_weight": 2.0}))
+
+
+def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda step: [step, 8])
+    with pytest.raises(UserError, match="different steps, 0 and 8"):
+        normatch.train(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_does_not_go_on_from_a_converted_checkpoint(tmp_path):
+    normatch.train(tiny(tmp_path / "run", steps=2))
+    converted = normatch.convert.convert(tmp_path / "run", tmp_path / "new.pt")
+    with pytest.raises(UserError, match="converted"):
+        normatch.train(tiny(tmp_path / "more", steps=2, resume=str(converted)))
 
 
 def test_a_run_killed_before_its_summary_repeats_its_last_stretch(tmp_path):
@@ -410,6 +469,15 @@ def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
     assert parts == pytest.approx(whole, rel=1e-6)  # the metrics are kept in fp32
     a, b = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
     assert all(torch.allclose(a[name], b[name], rtol=1e-9) for name in a)
+
+
+def test_mixing_and_memory_format_reach_the_network():
+    for on in (False, True):
+        state = ClassifierState(tiny("unused", mixing=on, channels_last=on), torch.device("cpu"))
+        network = state.objective.classifier.backbone
+        assert network.mixing is on
+        filters = network.block1.layer[0].conv2.weight
+        assert filters.is_contiguous(memory_format=torch.channels_last) is on and filters.is_contiguous() is not on
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused(tmp_path):
