@@ -5,7 +5,8 @@ MultivariateNormal a class for the mixture. The closed form, eager and compiled,
 
 On the CPU the process keeps the memory that it has freed (`measure.keep_memory`), for every provider alike: pages new
 from the system cost several times what a kernel does with them. What a copy gets into such memory is reported beside
-the roof, a copy into memory that is there.
+the roof, a copy into memory that is there. "% of copy" is that of a large copy which takes turns with the case's
+providers, because the memory of a shared machine is not as fast at all times.
 """
 
 import json
@@ -288,7 +289,6 @@ def run(options) -> int:
         ours = next(record["seconds"] for record in found if record["provider"] == "normatch")
         print(f"\n{case.name}  [{number} of {len(chosen)}, {time.monotonic() - start:.0f} s]")
         for record in found:
-            record["percent_of_copy"] = 100 * record["gb_per_s"] * 1e9 / roof
             record["speedup"] = record["seconds"] / ours
             print(_line(record), flush=True)
     result = {

@@ -168,7 +168,7 @@ def side_by_side(calls: dict[str, Callable], device: str, rounds: int) -> dict[s
 
 
 def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
-    """One record a provider, with the median of its rounds."""
+    """One record a provider, with the median of its rounds; a large copy takes turns with them, as their roof."""
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # so that a compiled backward can be run again and again
     inputs = case.inputs(device)
@@ -177,7 +177,10 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
     for name in names:
         check_agreement(case, name, inputs)
     calls = {name: make_call(case.providers[name], inputs, case.direction) for name in names}
-    times = side_by_side(calls, device, rounds)
+    source = torch.ones(1 << 25, device=device)
+    target = torch.empty_like(source)
+    times = side_by_side({**calls, "copy": lambda: target.copy_(source)}, device, rounds)
+    roof = 2 * source.nbytes / statistics.median(times["copy"])
     records = []
     for name, call in calls.items():
         median = statistics.median(times[name])
@@ -188,7 +191,8 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
                 "elements": case.elements, "dtype": str(case.dtype).removeprefix("torch."), "provider": name,
                 "seconds": median, "quartiles": [low, high], "rounds": len(times[name]),
                 "bytes": case.bytes, "flop": case.flop,
-                "gb_per_s": case.bytes / median / 1e9, "gflop_per_s": case.flop / median / 1e9,
+                "gb_per_s": case.bytes / median / 1e9, "percent_of_copy": 100 * case.bytes / median / roof,
+                "gflop_per_s": case.flop / median / 1e9,
                 "operations": None if "compiled" in name else operations(call),
                 "launches": launches(call) if device == "cuda" else None,
             }
