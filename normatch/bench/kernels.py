@@ -252,7 +252,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this, such as 'gmm_log_prob forward'")
     parser.add_argument("--quick", action="store_true", help="the small sizes alone")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements, of which the median counts (default: 7)")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements, of which the median counts (default: 15)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's versions out")
     parser.add_argument(
         "--out", type=Path, help="folder for kernels.json and kernels.png (default: nothing is written)"
