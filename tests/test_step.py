@@ -64,8 +64,14 @@ def test_the_guard_finds_a_read_back():
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"method": "fixmatch"}, {"compat": "reference"}, {"precision": "bf16"}],
-    ids=["normatch", "fixmatch", "reference", "bf16"],
+    [
+        {},
+        {"method": "fixmatch"},
+        {"compat": "reference"},
+        {"precision": "bf16"},
+        {"third_voter": "sampled", "mixing": True},
+    ],
+    ids=["normatch", "fixmatch", "reference", "bf16", "sampled and mixing"],
 )
 def test_the_whole_step_is_one_graph_and_is_compiled_once(keys, monkeypatch):
     torch._dynamo.reset()
