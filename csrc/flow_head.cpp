@@ -523,16 +523,19 @@ NM_HD void mixture_backward(const Shape& shape, const Acc* weights, const Acc* z
         point[r] = load<V>(z + (first + r) * shape.row + d);
         grad[r] = load<V>(grad_z + (first + r) * shape.row + d);
       }
-      for (int64_t k = 0; k < shape.classes; ++k) {
-        const V mu = load<V>(means + at + k * kPad);
-        V grad_mu{};
-        for (int r = 0; r < R; ++r) {
-          const V difference = point[r] - mu;
-          const Acc weight = weights[k * kTileRows + first + r];
-          grad[r] -= weight * difference;
-          grad_mu += weight * difference;
+      for (int64_t begin = 0; begin < shape.classes; begin += kClassStretch) {
+        V part[R] = {};
+        for (int64_t k = begin; k < std::min(begin + kClassStretch, shape.classes); ++k) {
+          const V mu = load<V>(means + at + k * kPad);
+          V grad_mu{};
+          for (int r = 0; r < R; ++r) {
+            const V pull = weights[k * kTileRows + first + r] * (point[r] - mu);
+            part[r] += pull;
+            grad_mu += pull;
+          }
+          accumulate<V>(grad_means + at + k * kPad, grad_mu);
         }
-        accumulate<V>(grad_means + at + k * kPad, grad_mu);
+        for (int r = 0; r < R; ++r) grad[r] -= part[r];
       }
       for (int r = 0; r < R; ++r) store<V>(grad_z + (first + r) * shape.row + d, grad[r]);
     }

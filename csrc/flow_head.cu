@@ -681,12 +681,9 @@ __device__ __forceinline__ void mixture_backward(const Block<kRows, kStaged, Acc
       const int half = c >= at.half1, d = c - block.place(half);
       if (d >= head.half(half)) continue;
       const int64_t column = half_begin(half, head.features) + d;
-      Acc points[kRows], pulls[kRows];
+      Acc points[kRows], pulls[kRows] = {};  // of one tile of classes: a sum of all would round more
       NM_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        points[r] = rounded[r * at.row + c];
-        pulls[r] = grad[r * at.row + c];
-      }
+      for (int r = 0; r < kRows; ++r) points[r] = rounded[r * at.row + c];
       for (int k = 0; k < in_tile; ++k) {
         const int64_t i = int64_t(first_class + k) * head.features + column;
         const Acc mu = head.means[i];
@@ -694,13 +691,13 @@ __device__ __forceinline__ void mixture_backward(const Block<kRows, kStaged, Acc
         NM_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const Acc pull = weights[k * kRows + r] * (points[r] - mu);
-          pulls[r] -= pull;
+          pulls[r] += pull;
           of_mean += pull;
         }
         sums[to.means + i] = begin ? of_mean : sums[to.means + i] + of_mean;
       }
       NM_UNROLL
-      for (int r = 0; r < kRows; ++r) grad[r * at.row + c] = pulls[r];
+      for (int r = 0; r < kRows; ++r) grad[r * at.row + c] -= pulls[r];
     }
     __syncthreads();
   }

@@ -220,19 +220,23 @@ NM_HD void backward_tile(Acc* z, int64_t padded, int64_t classes, const Acc* wei
     for (int64_t d = begin; d < std::min(begin + kStretch * L, padded); d += L) {
       V point[R], grad[R] = {};
       for (int r = 0; r < R; ++r) point[r] = load<V>(z + r * padded + d);
-      for (int64_t k = 0; k < classes; ++k) {
-        const int64_t at = (d / L * classes + k) * L;
-        const V mu = load<V>(means + at);
-        V grad_mu{}, squares{};
-        for (int r = 0; r < R; ++r) {
-          const V difference = point[r] - mu;
-          const V pull = weights[k * R + r] * difference;
-          grad[r] -= pull;
-          grad_mu += pull;
-          squares += pull * difference;
+      for (int64_t first = 0; first < classes; first += kClassStretch) {
+        V part[R] = {};
+        for (int64_t k = first; k < std::min(first + kClassStretch, classes); ++k) {
+          const int64_t at = (d / L * classes + k) * L;
+          const V mu = load<V>(means + at);
+          V grad_mu{}, squares{};
+          for (int r = 0; r < R; ++r) {
+            const V difference = point[r] - mu;
+            const V pull = weights[k * R + r] * difference;
+            part[r] += pull;
+            grad_mu += pull;
+            squares += pull * difference;
+          }
+          store<V>(grad_means + at, load<V>(grad_means + at) + grad_mu);
+          store<V>(spread + k * L, load<V>(spread + k * L) + squares);
         }
-        store<V>(grad_means + at, load<V>(grad_means + at) + grad_mu);
-        store<V>(spread + k * L, load<V>(spread + k * L) + squares);
+        for (int r = 0; r < R; ++r) grad[r] -= part[r];
       }
       for (int r = 0; r < R; ++r) store<V>(z + r * padded + d, grad[r]);  // dz takes the place of z
     }

@@ -8,6 +8,8 @@
 
 namespace normatch {
 
+constexpr int64_t kClassStretch = 32;  // classes whose terms of dz are added up in one go: a sum of 1,000 rounds more
+
 // log softplus(rho), for any rho: softplus(rho) -> exp(rho) on the left, where the logarithm of it would
 // fail.
 NM_HD double log_softplus(double rho) {
