@@ -70,37 +70,19 @@ struct Tables {
   }
 };
 
-// Calls f(std::integral_constant<int, n>) with n = parts where that is usual, so that moving as many values takes a few
-// instructions, and with 0 elsewhere.
-template <typename F>
+// Calls f(std::integral_constant<int, n>) with n = parts if that is one of the usual numbers, so that moving as many
+// values takes a few instructions, and with 0 elsewhere.
+template <int... kUsual, typename F>
 void dispatch_parts(int64_t parts, const F& f) {
-  switch (parts) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 3:
-      return f(std::integral_constant<int, 3>{});
-    case 4:
-      return f(std::integral_constant<int, 4>{});
-    case 6:
-      return f(std::integral_constant<int, 6>{});
-    case 8:
-      return f(std::integral_constant<int, 8>{});
-    case 12:
-      return f(std::integral_constant<int, 12>{});
-    case 24:
-      return f(std::integral_constant<int, 24>{});
-    default:
-      return f(std::integral_constant<int, 0>{});
-  }
+  const bool usual = ((parts == kUsual && (f(std::integral_constant<int, kUsual>{}), true)) || ...);
+  if (!usual) f(std::integral_constant<int, 0>{});
 }
 
 // Between the lines of some pixels and a dense row of their values.
 template <bool kScatter, typename T>
 void move_lines(T* first, int64_t stride, const std::vector<int64_t>& pixels, int64_t parts,
                 std::conditional_t<kScatter, const T, std::remove_const_t<T>>* value) {
-  dispatch_parts(parts, [&](auto fixed) {
+  dispatch_parts<1, 2, 3, 4, 6, 8, 12, 24>(parts, [&](auto fixed) {
     const int64_t n = decltype(fixed)::value ? decltype(fixed)::value : parts;
     for (const int64_t p : pixels) {
       if constexpr (kScatter)

@@ -7,6 +7,7 @@ that all processes hold the same weights at every step.
 
 import atexit
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -81,14 +82,10 @@ def average_(gradients: list[torch.Tensor], parts: int = 1):
     torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
-def share(module: nn.Module):
-    """Give all processes the first one's parameters and floating-point buffers.
-
-    At the start those of a module that each process made for itself, later the statistics of a BatchNorm that is not
-    synced.
-    """
+def share(tensors: Iterable[torch.Tensor]):
+    """Give all processes the first one's values of these tensors, as far as they are floating-point."""
     if dist.is_initialized():
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in tensors:
             if tensor.is_floating_point():
                 value = tensor.detach().contiguous()
                 dist.broadcast(value, 0)

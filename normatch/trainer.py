@@ -70,8 +70,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
             f"the processes found checkpoints of different steps, {' and '.join(map(str, sorted(found)))}: the run "
             f"folder {run.folder} must be one that all of them see"
         )
-    for module in (state.objective, state.ema.module):
-        distributed.share(module)
+    for module in (state.objective, state.ema.module):  # a network of one's own may start with other weights in each
+        distributed.share((*module.parameters(), *module.buffers()))
     distributed.barrier()  # all have looked at the run folder
     run.open(config, device, start)
     run.save_split(state.split)
@@ -116,7 +116,8 @@ def train(config: Config | dict | str | None = None, backbone: nn.Module | str |
                 report.advance(state.step)
 
             if evaluating:
-                distributed.share(state.ema.module)  # judged is what the checkpoint holds
+                # BatchNorm that is not synced has statistics of its own in each: judged is what the checkpoint holds.
+                distributed.share(state.ema.module.buffers())
                 scores = state.evaluate(last)
                 run.log(state.step, "eval", scores)
                 chosen = scores["val_accuracy" if held_out else "test_accuracy"]
