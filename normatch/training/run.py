@@ -3,20 +3,20 @@
 import contextlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import sys
-import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import yaml
 
-from . import __version__, distributed, ops
-from .config import FREE_KEYS, Config
-from .errors import UserError
+from .. import __version__, ops
+from ..config import FREE_KEYS, Config
+from ..errors import UserError
+from ..methods import distributed
+from ..published.checkpoints import load_checkpoint
 
 
 class Run:
@@ -212,43 +212,6 @@ def save_checkpoint(path: Path, state: dict):
     except (OSError, RuntimeError) as error:  # torch's writer makes its own of what the system said
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {reason}") from None
-
-
-def load_checkpoint(path: str | Path, chosen: bool = False) -> dict:
-    """A run folder or a checkpoint file -> its state, tensors and plain values only. Raises `UserError`.
-
-    Of a folder the last checkpoint; `chosen`: the one that validation images chose, where there were any.
-    """
-    path = Path(path)
-    if path.is_dir():
-        best, path = path / "checkpoints" / "best.pt", path / "checkpoints" / "last.pt"
-        if chosen and best.exists() and path.exists():
-            state = load_checkpoint(path)
-            return load_checkpoint(best) if state.get("held_out") else state
-    state = read_tensors(path)
-    if not isinstance(state, dict) or not {"normatch", "config", "model", "ema"} <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of normatch")
-    return state
-
-
-def read_tensors(path: str | Path):
-    """What torch.save wrote to the file, if it is tensors and plain values alone. Raises `UserError`."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        if zipfile.is_zipfile(path):  # the format of old is none
-            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-                if (bad := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {bad} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the archive or the unpickler makes of damaged bytes
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise UserError(
-                f"{path} was refused: it holds more than tensors and plain values, which could run code when it is "
-                "unpickled; nothing of it was run"
-            ) from None
-        raise UserError(f"{path} is not a readable checkpoint (truncated or damaged?): {reason}") from None
 
 
 def check_same_run(saved: dict, config: Config):

@@ -1,27 +1,11 @@
-"""Checkpoint files of any origin -> the state that `normatch.load` builds a model from.
-
-Ours, ours as safetensors, and what the public repositories of NorMatch (one and two flows), kekmodel's FixMatch and
-LeeDoYup's FixMatch write. Only tensors and plain values are ever read: nothing in a file can run code.
-"""
-
-import json
-from pathlib import Path
+"""The checkpoints of NorMatch (one and two flows), kekmodel's FixMatch and LeeDoYup's FixMatch -> our state."""
 
 import torch
 
-from . import __version__
-from .config import Config
-from .errors import UserError
-from .flows import FlowHead
-from .methods import METHODS
-from .run import load_checkpoint, read_tensors
-
-# What our own state holds besides the tensors of "model" and "ema"; in a safetensors file each is one JSON string.
-FACTS = (
-    "normatch", "config", "backbone", "transition", "source", "classes", "mean", "std", "image_size", "shape",
-    "columns",
-)  # fmt: skip
-OPTIONAL = {"transition", "source", "shape", "columns"}  # absent from the checkpoints that the trainer writes
+from .. import __version__
+from ..config import checked
+from ..errors import UserError
+from ..flows import FlowHead
 
 # layout -> the averaged and the trained network, in the order in which they are looked for
 NETWORKS = {
@@ -73,36 +57,6 @@ RESNETS = {
 }
 
 
-def read(path: str | Path, dataset: str | None = None) -> dict:
-    """A run folder or a checkpoint of any origin -> its state in our layout. Raises `UserError`.
-
-    `dataset`: what a published checkpoint was trained on, where that is not the usual one for its network.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return load_checkpoint(path, chosen=True)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a checkpoint of normatch or of a published layout")
-    if "normatch" in content:
-        missing = {"model", "ema", *FACTS} - OPTIONAL - content.keys()
-        if missing:
-            raise UserError(f"{path} is not a whole checkpoint of normatch: {min(missing)!r} is missing")
-        return content
-    try:
-        return from_published(content, dataset)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # a file can hold anything
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"{path} has the keys of a published layout, but not its content: {reason}") from None
-
-
-# ---- Published layouts ---------------------------------------------------------------------------
-
-
 def from_published(content: dict, dataset: str | None = None) -> dict:
     """What a published repository saved -> the state in our layout. Raises `UserError` where it is none of those."""
     layout = _layout(content)
@@ -116,23 +70,23 @@ def from_published(content: dict, dataset: str | None = None) -> dict:
     dataset, image_size, mean, std = _images(layout, residual, classes, dataset)
 
     flows = [_flow(content, suffix) for suffix in ("", "2") if content.get(f"flow{suffix}_state_dict") is not None]
-    of_flow = (
-        {"couplings": len(flows[0].couplings), "hidden": flows[0].couplings[0].net[0].out_features} if flows else {}
-    )
-    config = Config(
-        method="normatch" if flows else "fixmatch",
-        dataset=dataset,
-        backbone=backbone,
-        third_voter="flow" if len(flows) == 2 else "none",
-        # LeeDoYup's network and thresholds are those of the paper; NorMatch's and kekmodel's have their own ways.
-        compat="none" if layout == "leedoyup" else "reference",
-        **of_flow,
-    )
-    method = METHODS[config.method](features, classes, config)
-    for ours, theirs in zip(method.flows, flows, strict=True):
-        ours.load_state_dict(theirs.state_dict())
-    of_method = {f"method.{name}": value for name, value in method.state_dict().items()}
+    config = {
+        "method": "normatch" if flows else "fixmatch",
+        "dataset": dataset,
+        "backbone": backbone,
+        # LeeDoYup's network and thresholds are those of the paper; NorMatch's and kekmodel's differ.
+        "compat": "none" if layout == "leedoyup" else "reference",
+    }
+    networks = {}
+    if flows:
+        config["third_voter"] = "flow" if len(flows) == 2 else "none"
+        config |= {"couplings": len(flows[0].couplings), "hidden": flows[0].couplings[0].net[0].out_features}
+        networks = {f"flows.{i}.{name}": v for i, flow in enumerate(flows) for name, v in flow.state_dict().items()}
+    config = checked(config)
+    if flows:
+        networks["da_queue"] = torch.zeros(config.da_window, classes)
     return {
+        "format": 2,
         "normatch": __version__,
         "config": config.model_dump(),
         "backbone": "named",
@@ -142,9 +96,12 @@ def from_published(content: dict, dataset: str | None = None) -> dict:
         "mean": list(mean),
         "std": list(std),
         "image_size": image_size,
+        "shape": [3, image_size, image_size],
+        "grey": False,
+        "columns": [],
         # The published code averages the network alone: the flow is the live one in both.
-        "model": {**_classifier(trained, head), **of_method},
-        "ema": {**_classifier(averaged, head), **of_method},
+        "model": {**_classifier(trained, head), **networks},
+        "ema": {**_classifier(averaged, head), **networks},
     }
 
 
@@ -252,43 +209,5 @@ def _classifier(network: dict, head: str) -> dict:
     return {f"classifier.{ours(name)}": value for name, value in network.items()}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-# ---- safetensors ---------------------------------------------------------------------------------
-
-
-def write_safetensors(state: dict, path: Path):
-    """Our state -> a safetensors file: the tensors of "ema", the rest as JSON in the file's metadata."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state["ema"].items()}
-    facts = {name: json.dumps(state[name]) for name in FACTS if name in state}
-    # Not save_file, whose files only their owner may read.
-    path.write_bytes(_safetensors().torch.save(tensors, metadata={"format": "pt", **facts}))
-
-
-def read_safetensors(path: Path) -> dict:
-    """A safetensors file that `write_safetensors` wrote -> the state."""
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is no dictionary
-    except Exception as error:  # the package's own errors, and the system's
-        raise UserError(f"{path} is not a readable safetensors file: {_first_line(error)}") from None
-    if "normatch" not in facts:
-        raise UserError(f"{path} was not written by normatch: its metadata do not say what the tensors are")
-    try:
-        state = {name: json.loads(facts[name]) for name in FACTS if name in facts}
-    except ValueError:
-        raise UserError(f"the metadata of {path} are damaged") from None
-    return {**state, "model": tensors, "ema": tensors}
-
-
-def _safetensors():
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise UserError("safetensors files need the package safetensors: pip install safetensors") from None
-    return safetensors

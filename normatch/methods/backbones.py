@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class WideResNet(nn.Module):
