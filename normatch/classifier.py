@@ -16,7 +16,6 @@ from .loader import Batches, StepViews, choose_backend, make_batches
 from .methods import METHODS
 from .optim import EMA, SGD, AdamW, clip, cosine_7_16, decay_groups
 from .state import TrainingState
-from .tables import Table
 
 
 class ClassifierState(TrainingState):
@@ -29,7 +28,7 @@ class ClassifierState(TrainingState):
         self.dataset = load_dataset(
             config.dataset, config.data_dir, config.download, config.image_size, config.compat, config.in_memory
         )
-        if isinstance(self.dataset, Table):
+        if self.dataset.is_table:
             raise UserError(
                 f"{self.dataset.name} is a table: the methods that train on tables are flows, --method flowgmm"
             )
@@ -57,7 +56,7 @@ class ClassifierState(TrainingState):
             ranks=ranks,
         )
 
-        image_size, classes = self.dataset.train_images.shape[1], len(self.dataset.classes)
+        image_size, classes = self.dataset.train_x.shape[1], len(self.dataset.classes)
         self.backbone = "given" if backbone else "named"
         if backbone is None:
             transition = "raw" if config.compat == "reference" else "activated"
@@ -115,10 +114,10 @@ class ClassifierState(TrainingState):
         method.eval()
         scores = {}
         if len(held_out):
-            images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
+            images, labels = dataset.train_x[held_out], dataset.train_labels[held_out]
             scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std, "val")
         if last or not len(held_out):
-            images, labels = dataset.test_images, dataset.test_labels
+            images, labels = dataset.test_x, dataset.test_labels
             scores |= accuracy(averaged.classifier, method.flows, images, labels, dataset.mean, dataset.std)
         method.train(training)
         return scores
@@ -129,7 +128,7 @@ class ClassifierState(TrainingState):
             "backbone": self.backbone,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
-            "image_size": self.dataset.train_images.shape[1],
+            "image_size": self.dataset.train_x.shape[1],
         }
 
 

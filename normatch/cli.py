@@ -108,7 +108,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="what a data set or a folder of yours holds, and a picture of its views")
     if "data" in words[:1]:
-        from . import contact_sheet
+        from .tools import contact_sheet
 
         contact_sheet.data_arguments(data)
         data.set_defaults(run=contact_sheet.data_command)
@@ -283,7 +283,7 @@ def _compare(options) -> int:
 
 
 def _embed(options) -> int:
-    from .tables import embed
+    from .data.tables import embed
 
     print(embed(options.dataset, options.data_dir, options.model))
     return 0

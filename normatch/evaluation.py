@@ -10,15 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import distributed, published
-from .augment import normalize
 from .backbones import Classifier, build_backbone
 from .config import Config
-from .data import load_dataset
+from .data import load_dataset, standardize
+from .data.folders import IMAGE_SUFFIXES, fit, read_image
+from .data.tables import read_rows
 from .errors import UserError
 from .flow_training import FLOW_METHODS, make_objective
-from .folders import IMAGE_SUFFIXES, fit, read_image
 from .methods import METHODS
-from .tables import Table, read_rows
 
 
 class Model(nn.Module):
@@ -67,7 +66,10 @@ class Model(nn.Module):
             raise ValueError(f"images must be (N, H, W, 3) uint8, not {tuple(images.shape)} {images.dtype}")
         weight = next(self.classifier.parameters())
         device = weight.device
-        parts = [self.logits(_normalized(part, self.mean, self.std, weight)).softmax(1) for part in images.split(500)]
+        parts = [
+            self.logits(standardize(part.to(weight.device), self.mean, self.std, weight.dtype)).softmax(1)
+            for part in images.split(500)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes), device=device)
 
     def predict(self, images) -> torch.Tensor:
@@ -161,14 +163,6 @@ def build_flow(state: dict, config: Config, name) -> Model:
     return model.eval().requires_grad_(False)
 
 
-def _normalized(samples: torch.Tensor, mean, std, like: torch.Tensor) -> torch.Tensor:
-    """samples: (N, H, W, 3) uint8 or (N, D) -> what a model takes, on the device and of the dtype of `like`."""
-    if samples.ndim == 4:
-        return normalize(samples.to(like.device), mean, std, like.dtype)
-    mean, std = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (mean, std))
-    return (samples.to(mean) - mean) / std
-
-
 def used_weights(state: dict) -> dict:
     """The weights that are evaluated: the averaged ones, except that the published flow is not averaged."""
     weights = dict(state["ema"])
@@ -209,7 +203,7 @@ def evaluate(
     )
     if not same:
         raise UserError(f"the classes of {data.name} are not those of {checkpoint}")
-    samples = data.test_x if isinstance(data, Table) else data.test_images
+    samples = data.test_x
     counts = count(model.classifier, model.flows, samples, data.test_labels, model.mean, model.std)
     confusion = counts["confusion"]
     right, of_class = confusion.diagonal().tolist(), confusion.sum(1).tolist()
@@ -249,7 +243,7 @@ def count(classifier, flows, images, labels, mean, std, batch_size=500) -> dict:
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     for part, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         y = y.to(weight.device)
-        features, logits = classifier(_normalized(part, mean, std, weight))
+        features, logits = classifier(standardize(part.to(weight.device), mean, std, weight.dtype))
         if matrices is None:
             k = logits.shape[1]
             matrices = torch.zeros(2, k * k, dtype=torch.long, device=weight.device)

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from . import distributed
-from .augment import normalize
 from .config import Config
-from .data import Dataset, Split, load_dataset, make_split
+from .data import Dataset, Split, load_dataset, make_split, standardize
 from .errors import UserError
 from .flow_figures import leave_figures
 from .flows import (
@@ -36,7 +35,6 @@ from .methods.scnf import SemiConditional
 from .optim import EMA, SCHEDULES, SWA
 from .run import load_checkpoint, read_tensors
 from .state import TrainingState
-from .tables import Table
 
 FLOW_METHODS = {"flowgmm": FlowGMM, "scnf": SemiConditional}
 
@@ -51,7 +49,7 @@ class FlowState(TrainingState):
         self,
         config: Config,
         device: torch.device,
-        dataset: Dataset | Table | None = None,
+        dataset: Dataset | None = None,
         split: Split | None = None,
     ):
         super().__init__(config, device)
@@ -60,7 +58,7 @@ class FlowState(TrainingState):
                 config.dataset, config.data_dir, config.download, config.image_size, config.compat, config.in_memory
             )
             split = make_split(dataset, config.num_labels, config.seed, config.num_val)
-        table = isinstance(dataset, Table)
+        table = dataset.is_table
         rows = config.flow in ROW_FLOWS
         if table and not rows:
             raise UserError(f"{dataset.name} is a table and {config.flow} a flow of images: take --flow tabular")
@@ -107,9 +105,9 @@ class FlowState(TrainingState):
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         if not self.views:
             if self.table:
-                x = torch.from_numpy(self.dataset.standardized(self.dataset.train_x)).to(dtype)
+                x = standardize(torch.from_numpy(self.dataset.train_x), self.dataset.mean, self.dataset.std, dtype)
                 return row_batches(self.draws, x, lambda rows: rows, start, config.steps, self.device)
-            x = torch.from_numpy(self.dataset.train_images[..., : self.channels])
+            x = torch.from_numpy(self.dataset.train_x[..., : self.channels])
             return row_batches(
                 self.draws, x, lambda rows: self._pixels(rows).to(dtype), start, config.steps, self.device
             )
@@ -167,7 +165,7 @@ class FlowState(TrainingState):
             "shape": list(self.shape),
             "mean": torch.as_tensor(self.dataset.mean).tolist(),
             "std": torch.as_tensor(self.dataset.std).tolist(),
-            "image_size": None if self.table else self.dataset.train_images.shape[1],
+            "image_size": None if self.table else self.dataset.train_x.shape[1],
             "columns": list(self.dataset.columns) if self.table else [],
         }
 
@@ -198,15 +196,14 @@ class FlowState(TrainingState):
         return self._input(rows, "train", torch.device("cpu")), y
 
     def _input(self, rows, part: str, device) -> torch.Tensor:
+        x = torch.from_numpy(getattr(self.dataset, f"{part}_x")[rows]).to(device)
         if self.table:
-            x = self.dataset.standardized(getattr(self.dataset, f"{part}_x")[rows])
-            return torch.from_numpy(x).to(device)
-        images = torch.from_numpy(getattr(self.dataset, f"{part}_images")[rows]).to(device)
-        return self._pixels(images)
+            return standardize(x, self.dataset.mean, self.dataset.std)
+        return self._pixels(x)
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         """images: (n, H, W, C) uint8 -> what the flow takes."""
-        return self._shaped(normalize(images, self.dataset.mean, self.dataset.std))
+        return self._shaped(standardize(images, self.dataset.mean, self.dataset.std))
 
     def _shaped(self, images: torch.Tensor) -> torch.Tensor:
         """images: (n, 3, H, W) -> what the flow takes: (n, C, H, W), of a flow of rows (n, C H W)."""
@@ -219,7 +216,7 @@ class FlowState(TrainingState):
             torch.tensor(v[: self.channels], dtype=x.dtype, device=x.device)
             for v in (self.dataset.mean, self.dataset.std)
         )
-        x = x.view(len(x), self.channels, *self.dataset.train_images.shape[1:3])
+        x = x.view(len(x), self.channels, *self.dataset.train_x.shape[1:3])
         return x * std[:, None, None] + mean[:, None, None]
 
     def _samples(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -410,5 +407,5 @@ OPTIMIZERS = {
 
 def channels(dataset: Dataset) -> int:
     """1 for grey images, whose three channels are the same, else 3."""
-    some = dataset.train_images[:100]
+    some = dataset.train_x[:100]
     return 1 if (some == some[..., :1]).all() else 3

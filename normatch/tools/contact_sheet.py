@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .augment import OPS, View, draw_parameters, find_policy
-from .data import DATASETS, Dataset, load_images
-from .errors import UserError
-from .folders import check, is_tables
-from .loader import BACKENDS, choose_backend
+from ..augment import OPS, View, draw_parameters, find_policy
+from ..data import DATASETS, Dataset, load_images
+from ..data.folders import check, is_tables
+from ..errors import UserError
+from ..loader import BACKENDS, choose_backend
 
 _GAP = 6  # pixels
 
@@ -65,8 +65,8 @@ def describe(dataset: Dataset) -> list[str]:
     """What is in a data set, as lines of text."""
     known = dataset.train_labels[dataset.train_labels >= 0]
     counts = np.bincount(known, minlength=len(dataset.classes))
-    height, width = dataset.train_images.shape[1:3]
-    lines = [f"{'train':10} {len(dataset.train_images)} images of {len(dataset.classes)} classes, {width}x{height}"]
+    height, width = dataset.train_x.shape[1:3]
+    lines = [f"{'train':10} {len(dataset.train_x)} images of {len(dataset.classes)} classes, {width}x{height}"]
     widest = max(map(len, dataset.classes))
     shown = list(zip(dataset.classes, counts.tolist(), strict=True))
     lines += [f"  {name:<{widest}} {count}" for name, count in shown[:20]]
@@ -74,7 +74,7 @@ def describe(dataset: Dataset) -> list[str]:
         lines.append(f"  and {len(shown) - 20} more, {counts.min()} to {counts.max()} images each")
     if len(known) < len(dataset.train_labels):
         lines.append(f"{'unlabeled':10} {len(dataset.train_labels) - len(known)} images")
-    lines.append(f"{'test':10} {len(dataset.test_images)} images")
+    lines.append(f"{'test':10} {len(dataset.test_x)} images")
     return lines
 
 
@@ -92,13 +92,13 @@ def contact_sheet(
 
     Under a strong view stand the operations that made it, with their values.
     """
-    from .bench.views import views_of  # any backend, by name
+    from ..bench.views import views_of  # any backend, by name
 
     if rows < 1 or weak < 0 or strong < 0:
         raise UserError("rows must be at least 1, weak and strong at least 0")
-    total = len(dataset.train_images)
+    total = len(dataset.train_x)
     picked = np.linspace(0, total - 1, min(rows, total)).astype(np.int64)
-    images = dataset.train_images[picked]
+    images = dataset.train_x[picked]
     kinds = [View.UNLABELED_WEAK] * weak + [View.UNLABELED_STRONG] * strong
     visits = [*range(weak), *range(strong)]
     grid, captions = [images[:, None]], [[[]] * (1 + weak) for _ in picked]
