@@ -242,7 +242,7 @@ def test_a_missing_or_binary_table(tmp_path):
     with pytest.raises(UserError, match=r"neither train\.csv nor train\.parquet"):
         load(tmp_path, "csv")
     (tmp_path / "data.csv").write_bytes(b"\xff\xfe\x00\x80\x81")
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match="cannot be read as a CSV file"):
         load(tmp_path / "data.csv", "csv")
 
 

@@ -133,7 +133,7 @@ def test_an_own_table_is_read_with_its_unlabeled_rows(tmp_path):
         (["a,label", "one,x"], "row 2: could not convert"),
         (["a,label", "1,x", "2,y"], "at least two columns of features"),
         (["a,b,label"], "needs rows of"),
-        (["a,b,label", "1,2,caf\udce9"], "cannot be read as CSV in UTF-8: 'utf-8' codec"),
+        (["a,b,label", "1,2,caf\udce9"], "cannot be read as a CSV file: 'utf-8' codec"),
         (["a,b,label", "1,nan,x", "2,3,y"], "NaN or infinite features, the first is row 2, column b"),
         (["a,b,label", "1,5,x", "2,5,y"], r"1 columns are constant \(b\)"),
         (["a,b,label", "1,5,", "2,6,"], "no labeled row"),

@@ -85,4 +85,4 @@ def read_csv(path: str | Path) -> list[list[str]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}") from None
+        raise UserError(f"{path} cannot be read as a CSV file: {error}") from None

@@ -1,1 +1,1 @@
-"""The commands that look at data, runs and checkpoints. They may import everything else; nothing imports them but `cli`."""
+"""Commands that look at data, runs and checkpoints. They may import any other module; only `cli` imports them."""
