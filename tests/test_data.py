@@ -9,10 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from real_data import CIFAR10, MNIST
 
 from normatch.augment import random_words
-from normatch.data import LABELED, UNLABELED, Dataset, Split, load_dataset, make_split, sample_order, split_labels
+from normatch.data import (
+    LABELED,
+    UNLABELED,
+    Dataset,
+    Split,
+    from_arrays,
+    load_dataset,
+    make_split,
+    sample_order,
+    split_labels,
+    standardize,
+)
 from normatch.errors import UserError
 
 
@@ -163,13 +175,7 @@ def test_svhn_with_and_without_extra(monkeypatch, tmp_path):
     plain, more = load_dataset("svhn", tmp_path), load_dataset("svhn+extra", tmp_path)
     assert plain.train_x.shape == (6, 32, 32, 3) and len(plain.test_x) == 4 and not plain.flip
     assert more.train_x[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203, 204]
-    assert more.train_x[3, 5, 7].tolist() == [3, 4, 3] and more.train_labels.tolist() == [0, 1] * 3 + [
-        0,
-        1,
-        0,
-        1,
-        0,
-    ]
+    assert more.train_x[3, 5, 7].tolist() == [3, 4, 3] and more.train_labels.tolist() == [0, 1] * 5 + [0]
     assert plain.mean == plain.std == (0.5, 0.5, 0.5) and len(plain.classes) == 10
 
 
@@ -217,6 +223,44 @@ def test_real_cifar10():
     assert np.abs(data.train_x[::10].mean((0, 1, 2)) / 255 - data.mean).max() < 5e-3
 
 
+# ---- Arrays
+
+
+def test_arrays_of_rows_are_a_data_set():
+    x, y = np.random.default_rng(0).normal(3, 2, (50, 4)), np.arange(50) % 3 - 1
+    data = from_arrays(x, y, x[:9], y[:9], name="mine", columns=tuple("abcd"))
+    assert data.is_table and data.image_size is None and data.classes == ["0", "1"] and data.train_x.dtype == np.float32
+    z = standardize(torch.from_numpy(data.train_x), data.mean, data.std)
+    assert z.mean(0).abs().max() < 1e-6 and (z.std(0, correction=0) - 1).abs().max() < 1e-6
+    assert standardize(torch.from_numpy(x), data.mean, data.std, torch.float64).dtype == torch.float64
+    assert set(y[make_split(data, 0, seed=0).labeled]) == {0, 1}
+    assert from_arrays(x, y, classes="uv").classes == ["u", "v"] and len(from_arrays(x, y).test_x) == 0
+
+
+def test_arrays_of_images_are_a_data_set(digits):
+    gray = from_arrays(digits.train_x[..., 0], digits.train_labels, digits.test_x, digits.test_labels, flip=True)
+    assert not gray.is_table and gray.image_size == 32 and gray.flip and gray.classes == digits.classes
+    assert np.array_equal(gray.train_x, digits.train_x)
+    assert np.allclose((gray.mean, gray.std), (digits.mean, digits.std), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": [0, 1]}, r"5 samples need labels of shape \(5,\), not \(2,\)"),
+        ({"classes": ["a"]}, r"labels must lie in 0\.\.0"),
+        ({"train_x": np.zeros((5, 8, 8, 3))}, "samples must be"),
+        ({"train_x": np.zeros((0, 2)), "train_labels": []}, "no training samples"),
+        ({"train_x": np.ones((5, 2))}, r"2 columns are constant \(0, 1\)"),
+        ({"test_x": np.zeros((1, 3)), "test_labels": [0]}, r"training samples are \(2,\), test samples \(3,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change, message):
+    arrays = {"train_x": np.arange(10).reshape(5, 2), "train_labels": [0, 1, 0, 1, -1], **change}
+    with pytest.raises(UserError, match=message):
+        from_arrays(**arrays)
+
+
 # ---- The split
 
 
@@ -254,10 +298,8 @@ def test_images_without_a_label_are_only_unlabeled():
 def test_split_matches_the_recorded_laws(golden):
     data = golden("splits")
     for case in ("c10_40", "c10_250", "c10_4000", "c10_4000_noexp", "auto_small"):
-        labels, settings = (
-            data[f"in/{case}/labels"],
-            {k: int(data[f"in/{case}/{k}"]) for k in ("num_labeled", "seed")},
-        )
+        labels = data[f"in/{case}/labels"]
+        settings = {k: int(data[f"in/{case}/{k}"]) for k in ("num_labeled", "seed")}
         split = split_labels(labels, settings["num_labeled"], 10, settings["seed"])
         assert np.array_equal(np.bincount(labels[split.labeled]), data[f"out/{case}/per_class_unique_counts"])
         assert np.array_equal(split.unlabeled, np.arange(data[f"out/{case}/unlabeled_len"]))
@@ -306,10 +348,7 @@ def test_a_changed_or_broken_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (
-            {"num_labels": 45},
-            "num_labels 45 is not divisible by the 10 classes: the nearest possible is 40 or 50",
-        ),
+        ({"num_labels": 45}, "num_labels 45 is not divisible by the 10 classes: the nearest possible is 40 or 50"),
         ({"num_labels": 0}, "nearest possible is 10$"),
         ({"num_labels": -5}, "nearest possible is 10$"),
         ({"num_labels": 40, "num_val": 3}, "num_val 3 is not divisible.*0 or 10"),

@@ -47,14 +47,8 @@ _ROWS = {
 DATASETS, TABLES = (*_IMAGES, *_ROWS), tuple(_ROWS)
 
 _PUBLIC = {
-    "Dataset": "base",
-    "standardize": "base",
-    "Split": "split",
-    "make_split": "split",
-    "split_labels": "split",
-    "sample_order": "split",
-    "LABELED": "split",
-    "UNLABELED": "split",
+    **dict.fromkeys(("Dataset", "standardize"), "base"),
+    **dict.fromkeys(("Split", "make_split", "split_labels", "sample_order", "LABELED", "UNLABELED"), "split"),
     "from_arrays": "arrays",
 }
 

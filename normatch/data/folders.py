@@ -16,7 +16,6 @@ import os
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +69,13 @@ def read_image(path: str | Path) -> Image.Image:
         raise ValueError(_reason(error)) from None
 
 
-@contextmanager
-def _no_bomb_warnings():
-    """Silences Pillow's warning, as such images are refused here. Not thread-safe: warning filters are global."""
-    with warnings.catch_warnings():
+def _in_threads(function, items: list, title: str) -> list:
+    """[function(item) for item in items], in threads, with a progress bar."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        # Such images are refused here. Warning filters are global, hence set outside the threads.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
+        results = pool.map(function, items)
+        return list(tqdm(results, title, len(items), unit="", delay=3, leave=False, disable=None))
 
 
 def _check_size(image: Image.Image) -> None:
@@ -173,16 +173,16 @@ def find_items(folder: Path) -> list[Item]:
     items = []
     for part in ("train", "val", "test"):
         for place in sorted(p for p in (folder / part).glob("*") if p.is_dir() and not p.name.startswith(".")):
-            paths = images_below(place)
+            paths = _images_below(place)
             if not paths:
                 known = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise UserError(f"class '{place.name}' has no image: {place} holds none of {known}")
             items += [Item(path, part, place.name, str(path)) for path in paths]
-    items += [Item(path, "unlabeled", None, str(path)) for path in images_below(folder / "unlabeled")]
+    items += [Item(path, "unlabeled", None, str(path)) for path in _images_below(folder / "unlabeled")]
     return items
 
 
-def images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     """The image files in a folder and its subfolders, in order of name, without hidden ones."""
     if not folder.is_dir():
         return []
@@ -209,20 +209,16 @@ def find_rows(table: Path) -> list[Item]:
     default: the part that the file is named after, else train).
     """
     if table.is_dir():
-        if not is_tables(table):
+        if not find_tables(table):
             raise UserError(f"{table} holds neither train.csv nor train.parquet: name the table with --data_dir")
-        return [item for part in PARTS for file in _tables(table, part) for item in _rows_of(file, part)]
+        return [item for part in PARTS for file in find_tables(table, part) for item in _rows_of(file, part)]
     if not table.is_file():
         raise UserError(f"there is no table {table}: name it with --data_dir")
     return _rows_of(table, "train")
 
 
-def is_tables(folder: Path) -> bool:
-    """Whether a folder holds tables that `find_rows` can read."""
-    return bool(_tables(folder, "train"))
-
-
-def _tables(folder: Path, part: str) -> list[Path]:
+def find_tables(folder: Path, part: str = "train") -> list[Path]:
+    """The tables of a part that a folder holds, at most one CSV and one Parquet file."""
     return [p for p in (folder / f"{part}.csv", folder / f"{part}.parquet") if p.is_file()]
 
 
@@ -329,16 +325,18 @@ def class_names(place: Path, items: list[Item]) -> list[str]:
 def common_size(items: list[Item], most: int = 224) -> int:
     """The side of the square that images are resized to: their own if all are equal squares, else the median of the
     shorter sides, rounded to a multiple of 8; at most `most`. From up to 500 labeled images, which must be readable."""
-    sizes = []
-    labeled = [item for item in items if item.label is not None]
-    for item in labeled[:: max(1, len(labeled) // 500)]:
+
+    def look(item: Item):
         try:
             if item.path.is_file():
-                with _no_bomb_warnings(), Image.open(item.path) as image:  # reads only the header
+                with Image.open(item.path) as image:  # reads only the header
                     _check_size(image)
-                    sizes.append(image.size)
+                    return image.size
         except Exception:  # reported when the image is read
-            continue
+            return None
+
+    labeled = [item for item in items if item.label is not None]
+    sizes = [size for size in _in_threads(look, labeled[:: max(1, len(labeled) // 500)], "sizes") if size]
     if not sizes:
         return 32
     shorter = sorted(min(size) for size in sizes)
@@ -372,9 +370,7 @@ def read_all(
         except (ValueError, OSError) as error:
             return _reason(error)
 
-    with _no_bomb_warnings(), ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        done = pool.map(read, range(len(items)))
-        reasons = list(tqdm(done, "reading images", len(items), unit="", delay=3, leave=False, disable=None))
+    reasons = _in_threads(read, range(len(items)), "reading images")
     bad = [i for i, reason in enumerate(reasons) if reason is not None]
     for i in bad:
         if items[i].part != "unlabeled":
@@ -403,24 +399,18 @@ def read_all(
 def check(place: Path, table: bool = False) -> tuple[list[str], int]:
     """Reads every image of a folder or table -> a summary in lines, and the number of unreadable files."""
     items = find_rows(place) if table else find_items(place)
-    problems, sizes, modes = [], Counter(), Counter()
 
     def look(item: Item):
         try:
             read_image(item.path)
             with Image.open(item.path) as image:  # with its original mode
-                return image.size, image.mode, None
+                return image.size, image.mode
         except (ValueError, OSError) as error:
-            return None, None, f"{item.path}: {_reason(error)}"
+            return f"{item.path}: {_reason(error)}"
 
-    with _no_bomb_warnings(), ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        done = pool.map(look, items)
-        for size, mode, problem in tqdm(done, "looking", len(items), unit="", delay=3, leave=False, disable=None):
-            if problem:
-                problems.append(problem)
-            else:
-                sizes[size] += 1
-                modes[mode] += 1
+    results = _in_threads(look, items, "looking")
+    problems = [result for result in results if isinstance(result, str)]
+    sizes, modes = (Counter(result[i] for result in results if not isinstance(result, str)) for i in (0, 1))
     lines = []
     for part in PARTS:
         counts = Counter(item.label for item in items if item.part == part)

@@ -108,13 +108,6 @@ def picture(request: Request) -> Dataset:
 
 # ---- scikit-learn's
 
-_SKLEARN = {
-    "digits-table": "load_digits",
-    "breast-cancer": "load_breast_cancer",
-    "wine": "load_wine",
-    "iris": "load_iris",
-}
-
 
 def bundled(request: Request) -> Dataset:
     """(N, D): one of scikit-learn's tables. A fifth of each class is the test set, whatever the run's seed.
@@ -124,7 +117,7 @@ def bundled(request: Request) -> Dataset:
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
-    bunch = getattr(datasets, _SKLEARN[request.name])()
+    bunch = getattr(datasets, f"load_{request.name.removesuffix('-table').replace('-', '_')}")()
     x, y = bunch.data, bunch.target.astype(np.int64)
     if request.name == "digits-table":
         test = split_labels(y, 500, 10, seed=0).labeled
@@ -280,8 +273,8 @@ def texts(request: Request) -> Dataset:
 
 def embed(name: str, data_dir: str | Path | None, model: str) -> Path:
     """Embeds the texts of data set `name` by a sentence-transformers model on disk -> the file that `texts` reads."""
-    request = Request(name, Path(data_dir) if data_dir else None)
-    train_texts, _, test_texts, _, folder = read_texts(request)
+    data_dir = Path(data_dir) if data_dir else None
+    train_texts, _, test_texts, _, folder = read_texts(Request(name, data_dir))
     if not Path(model).is_dir():
         raise UserError(f"there is no folder {model}: name one that holds a sentence-transformers model")
     try:
@@ -289,9 +282,7 @@ def embed(name: str, data_dir: str | Path | None, model: str) -> Path:
     except ImportError as error:
         raise UserError(f"embedding needs sentence-transformers: pip install sentence-transformers ({error})") from None
     encoder = SentenceTransformer(model)
-    x, test = (
-        encoder.encode(part, show_progress_bar=True, convert_to_numpy=True) for part in (train_texts, test_texts)
-    )
+    x, test = (encoder.encode(part, show_progress_bar=True) for part in (train_texts, test_texts))
     path = folder / EMBEDDED
     np.savez(path, train=x.astype(np.float32), test=test.astype(np.float32))
     return path
