@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import FLOWS, PRESETS, make_config
-from .data import Split, load_dataset, make_split
+from .data import TABLES, Split, load_dataset, make_split, standardize
 from .errors import UserError, nearest
 from .optim import SCHEDULES
-from .tables import TABLES, Table
 
 # As published for FlowGMM's tables: how many unlabelled rows the graphs of label spreading hold.
 KNN_ROWS, RBF_ROWS = 10000, 5000
@@ -121,10 +120,11 @@ BASELINES = {
 
 def features(dataset) -> tuple[np.ndarray, np.ndarray]:
     """A data set -> (N, D) training and (M, D) test rows: standardised, or the pixels of images in [0, 1]."""
-    if isinstance(dataset, Table):
-        return dataset.standardized(dataset.train_x), dataset.standardized(dataset.test_x)
-    grey = (dataset.train_images[:100] == dataset.train_images[:100, ..., :1]).all()
-    train, test = (images[..., :1] if grey else images for images in (dataset.train_images, dataset.test_images))
+    if dataset.is_table:
+        parts = map(torch.from_numpy, (dataset.train_x, dataset.test_x))
+        return tuple(standardize(x, dataset.mean, dataset.std).numpy() for x in parts)
+    grey = (dataset.train_x[:100] == dataset.train_x[:100, ..., :1]).all()
+    train, test = (images[..., :1] if grey else images for images in (dataset.train_x, dataset.test_x))
     return tuple((images.reshape(len(images), -1) / 255).astype(np.float32) for images in (train, test))
 
 

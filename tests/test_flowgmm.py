@@ -17,7 +17,7 @@ import normatch
 import normatch.convert
 from normatch.cli import main
 from normatch.config import make_config
-from normatch.data import Split
+from normatch.data import Dataset, Split, load_dataset
 from normatch.errors import UserError
 from normatch.flow_figures import COLOURS, latent_figure, plane_figure, reliability, samples_figure, temperature
 from normatch.flow_training import FlowState, make_prior
@@ -26,7 +26,6 @@ from normatch.methods.flowgmm import MEANS, FlowGMM, place_means, simplex
 from normatch.optim import SCHEDULES, SWA
 from normatch.run import load_checkpoint
 from normatch.state import TrainStep
-from normatch.tables import Table, load_table
 from normatch.verify import same
 
 CPU = torch.device("cpu")
@@ -405,7 +404,7 @@ def test_a_published_checkpoint_can_be_begun_with(tmp_path):
 def state_of(x, y, classes, **keys):
     x = np.asarray(x, np.float32)
     d = x.shape[1]
-    table = Table("own", x, np.asarray(y), x, np.asarray(y), classes, np.zeros(d, "f4"), np.ones(d, "f4"))
+    table = Dataset("own", x, np.asarray(y), x, np.asarray(y), classes, np.zeros(d, "f4"), np.ones(d, "f4"))
     labeled = np.flatnonzero(np.asarray(y) >= 0)
     split = Split(labeled, np.arange(len(y)), np.empty(0, np.int64))
     return FlowState(make_config("moons", batch_size=2, uratio=1, **keys), CPU, table, split)
@@ -447,7 +446,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
 def test_a_density_of_one_class_is_a_model_too(tmp_path):
     result = normatch.train(tiny(tmp_path / "run", "picture", steps=20, eval_every=10))
     assert result.test_accuracy == 100.0
-    assert load_table("picture").classes == ["all"]
+    assert load_dataset("picture").classes == ["all"]
 
 
 SMALL_IMAGES = {"dataset": "digits", "num_labels": 20, "image_size": 8, "batch_size": 4, "flow_width": 4}
@@ -491,7 +490,7 @@ def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
     assert abs(scores["test_accuracy"] - result.test_accuracy) < 1e-6
     model = normatch.load(result.out)
     data = normatch.data.load_dataset(model.config.dataset, image_size=model.image_size)
-    samples = data.test_x if preset == "moons" else data.test_images
+    samples = data.test_x
     probs = model.predict_proba(samples)
     assert probs.shape == (len(samples), len(data.classes)) and (probs.sum(1) - 1).abs().max() < 1e-5
     converted = normatch.convert.convert(result.out, tmp_path / "model.safetensors")

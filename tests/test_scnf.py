@@ -401,9 +401,9 @@ def test_images_train_as_they_are(tmp_path):
     digits = load_dataset("digits")
     few = replace(
         digits,
-        train_images=digits.train_images[:100],
+        train_x=digits.train_x[:100],
         train_labels=digits.train_labels[:100],
-        test_images=digits.test_images[:20],
+        test_x=digits.test_x[:20],
         test_labels=digits.test_labels[:20],
     )
     keys = {"flow": "mnist-masked", "noise": 0.0, "flow_width": 4, "ssl_dim": 16, "ssl_k": 1, "ssl_l": 2}
@@ -411,7 +411,7 @@ def test_images_train_as_they_are(tmp_path):
     split = make_split(few, 20, seed=0)
     state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"), few, split)
     batch = next(iter(state.batches(0)))
-    pixels = torch.from_numpy(few.train_images[batch["u_index"].numpy(), :, :, 0]) / 255
+    pixels = torch.from_numpy(few.train_x[batch["u_index"].numpy(), :, :, 0]) / 255
     torch.testing.assert_close(batch["images"][10:, 0], pixels)
     loss, _ = state.objective.train()(batch, torch.tensor(0))
     state.begin_step()

@@ -4,6 +4,7 @@ import torch
 
 from .. import __version__
 from ..config import checked
+from ..data.vision import NORMALIZATION
 from ..errors import UserError
 from ..flows import FlowHead
 
@@ -15,15 +16,9 @@ NETWORKS = {
 }
 
 # A published checkpoint does not say what its images were: data set -> classes, image size, mean, std.
-_HALF, _IMAGENET = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
-IMAGES = {
-    "cifar10": (10, 32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": (100, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "svhn": (10, 32, _HALF, _HALF),
-    "stl10": (10, 224, _HALF, _HALF),
-    "miniimagenet": (100, 84, _IMAGENET, (0.229, 0.84, 0.225)),  # .84 for .224: a slip, but trained with
-    "imagenet": (1000, 224, _IMAGENET, (0.229, 0.224, 0.225)),
-}
+_SIZES = {"cifar10": (10, 32), "cifar100": (100, 32), "svhn": (10, 32), "stl10": (10, 224), "miniimagenet": (100, 84),
+          "imagenet": (1000, 224)}  # fmt: skip
+IMAGES = {name: (*sizes, *NORMALIZATION[name]) for name, sizes in _SIZES.items()}
 LEEDOYUP_IMAGES = {
     "cifar10": (10, 32, tuple(v / 255 for v in (125.3, 123.0, 113.9)), tuple(v / 255 for v in (63.0, 62.1, 66.7))),
     "cifar100": (100, 32, tuple(v / 255 for v in (129.3, 124.1, 112.4)), tuple(v / 255 for v in (68.2, 65.4, 70.4))),

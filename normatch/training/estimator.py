@@ -9,10 +9,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from .config import checked
-from .data import Split
+from .data import Split, from_arrays
 from .flow_training import FlowState
 from .state import TrainStep
-from .tables import Table, check_features
 
 
 class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
@@ -76,14 +75,11 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
                 "y holds the text '-1': for rows without a label it takes the number, in an array of objects"
             )
         self.classes_ = np.unique(named)
-        check_features(X, "X", list(getattr(self, "feature_names_in_", [])) or None)
         labels = np.full(len(y), -1, np.int64)
         labels[known] = np.searchsorted(self.classes_, named)
         labeled = np.flatnonzero(known)
-        table = Table(
-            "X", X, labels, X[:0], labels[:0], [str(c) for c in self.classes_],
-            X.mean(0, dtype=np.float64).astype(np.float32), X.std(0, dtype=np.float64).astype(np.float32),
-        )  # fmt: skip
+        columns = tuple(getattr(self, "feature_names_in_", ()))
+        table = from_arrays(X, labels, classes=map(str, self.classes_), name="X", columns=columns)
         batch = min(len(labeled), 100)
         names = ("couplings", "hidden", "steps", "lr", "weight_decay", "noise", "means", "means_r", "means_trainable",
                  "label_weight", "lambda_u")  # fmt: skip

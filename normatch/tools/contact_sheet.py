@@ -1,29 +1,27 @@
-"""`normatch data`: what a data set or a folder holds, and a picture of the views that a policy makes of it."""
+"""`normatch data`: counts the images of a data set or folder, and draws the views that a policy makes of them."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .augment import OPS, View, draw_parameters, find_policy
-from .data import DATASETS, Dataset, load_images
-from .errors import UserError
-from .folders import check, is_tables
-from .loader import BACKENDS, choose_backend
+from ..augment import OPS, View, draw_parameters, find_policy
+from ..data import DATASETS, Dataset, load_images
+from ..data.folders import check, find_tables
+from ..errors import UserError
+from ..loader import BACKENDS, choose_backend
 
 _GAP = 6  # pixels
 
 
 def data_arguments(parser) -> None:
-    parser.add_argument(
-        "dataset", nargs="?", default="digits", help="a data set's name, or a folder or table of images"
-    )
-    parser.add_argument("--data_dir", help="folder that holds the data set, or one's own folder or table")
-    parser.add_argument("--augment", default="kekmodel", help="policy, or a YAML file of one (default: kekmodel)")
+    parser.add_argument("dataset", nargs="?", default="digits", help="data set, or your folder or table of images")
+    parser.add_argument("--data_dir", help="folder that holds the data set, or your own folder or table")
+    parser.add_argument("--augment", default="kekmodel", help="policy or YAML file (default: kekmodel)")
     parser.add_argument("--augment_backend", default="auto", help=f"{', '.join(BACKENDS)} (default: auto)")
-    parser.add_argument("--image_size", type=int, help="side that one's own images are brought to")
-    parser.add_argument("--out", default="views.png", help="the picture (default: views.png)")
-    parser.add_argument("--rows", type=int, default=8, help="images on the picture (default: 8)")
+    parser.add_argument("--image_size", type=int, help="side that your own images are resized to")
+    parser.add_argument("--out", default="views.png", help="file of the picture (default: views.png)")
+    parser.add_argument("--rows", type=int, default=8, help="images in the picture (default: 8)")
     parser.add_argument("--weak", type=int, default=3, help="weak views of each (default: 3)")
     parser.add_argument("--strong", type=int, default=6, help="strong views of each (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
@@ -31,27 +29,25 @@ def data_arguments(parser) -> None:
 
 
 def data_command(options) -> int:
-    """Print what there is, check a folder's files, and write the picture. Returns the exit status."""
+    """Prints counts, checks a folder's files and writes the picture. Returns the exit status."""
     name, place = options.dataset, options.data_dir
     if name not in DATASETS:  # `normatch data photos`
         if Path(name).is_dir():
-            name, place = ("csv" if is_tables(Path(name)) else "folder"), name
+            name, place = ("csv" if find_tables(Path(name)) else "folder"), name
         elif name.lower().endswith((".csv", ".parquet")):
             name, place = "csv", name
     policy = find_policy(options.augment)
     backend, reason = choose_backend(options.augment_backend, "cpu")
-    if name in ("folder", "csv"):
-        lines, _ = check(Path(place or "data"), table=name == "csv")
-        print("\n".join(lines))
+    from_files = name in ("folder", "csv")
+    if from_files:  # the check comes first, as loading stops at the first bad file
+        print("\n".join(check(Path(place or "data"), table=name == "csv")[0]))
     dataset = load_images(name, place, options.download, options.image_size, in_memory=False)
-    if name not in ("folder", "csv"):
+    if not from_files:
         print("\n".join(describe(dataset)))
     print(f"{'mean':10} {', '.join(f'{m:.4f}' for m in dataset.mean)}")
     print(f"{'std':10} {', '.join(f'{s:.4f}' for s in dataset.std)}")
     print(f"{'views':10} {options.augment} by {backend} ({reason})")
-    title = (
-        f"{Path(place).resolve().name if name in ('folder', 'csv') and place else name}: {options.augment} by {backend}"
-    )
+    title = f"{Path(place).resolve().name if from_files and place else name}: {options.augment} by {backend}"
     sheet = contact_sheet(dataset, policy, backend, options.rows, options.weak, options.strong, options.seed, title)
     try:
         sheet.save(options.out)
@@ -62,11 +58,11 @@ def data_command(options) -> int:
 
 
 def describe(dataset: Dataset) -> list[str]:
-    """What is in a data set, as lines of text."""
+    """dataset -> lines of text: images and classes of its parts."""
     known = dataset.train_labels[dataset.train_labels >= 0]
     counts = np.bincount(known, minlength=len(dataset.classes))
-    height, width = dataset.train_images.shape[1:3]
-    lines = [f"{'train':10} {len(dataset.train_images)} images of {len(dataset.classes)} classes, {width}x{height}"]
+    height, width = dataset.train_x.shape[1:3]
+    lines = [f"{'train':10} {len(dataset.train_x)} images of {len(dataset.classes)} classes, {width}x{height}"]
     widest = max(map(len, dataset.classes))
     shown = list(zip(dataset.classes, counts.tolist(), strict=True))
     lines += [f"  {name:<{widest}} {count}" for name, count in shown[:20]]
@@ -74,31 +70,24 @@ def describe(dataset: Dataset) -> list[str]:
         lines.append(f"  and {len(shown) - 20} more, {counts.min()} to {counts.max()} images each")
     if len(known) < len(dataset.train_labels):
         lines.append(f"{'unlabeled':10} {len(dataset.train_labels) - len(known)} images")
-    lines.append(f"{'test':10} {len(dataset.test_images)} images")
+    lines.append(f"{'test':10} {len(dataset.test_x)} images")
     return lines
 
 
 def contact_sheet(
-    dataset: Dataset,
-    policy,
-    backend: str = "native",
-    rows: int = 8,
-    weak: int = 3,
-    strong: int = 6,
-    seed: int = 0,
-    title: str = "",
+    dataset: Dataset, policy, backend="native", rows=8, weak=3, strong=6, seed=0, title=""
 ) -> Image.Image:
     """A row for each of `rows` training images, spread over the set: its class, the image, its weak and strong views.
 
-    Under a strong view stand the operations that made it, with their values.
+    Captions list the operations of each strong view, with their values.
     """
-    from .bench.views import views_of  # any backend, by name
+    from ..bench.views import views_of  # any backend, by name
 
     if rows < 1 or weak < 0 or strong < 0:
         raise UserError("rows must be at least 1, weak and strong at least 0")
-    total = len(dataset.train_images)
+    total = len(dataset.train_x)
     picked = np.linspace(0, total - 1, min(rows, total)).astype(np.int64)
-    images = dataset.train_images[picked]
+    images = dataset.train_x[picked]
     kinds = [View.UNLABELED_WEAK] * weak + [View.UNLABELED_STRONG] * strong
     visits = [*range(weak), *range(strong)]
     grid, captions = [images[:, None]], [[[]] * (1 + weak) for _ in picked]
@@ -116,7 +105,7 @@ def contact_sheet(
 
 
 def _operations(policy, seed: int, sample: int, strong: int, height: int, width: int) -> list[list[str]]:
-    """What is done in each of a sample's strong views, in order: "Rotate -12", ..."""
+    """The operations of each of a sample's strong views, in order: "Rotate -12", ..."""
     p = draw_parameters(policy, seed, np.arange(strong), np.full(strong, sample), View.UNLABELED_STRONG, height, width,
                         strong=True)  # fmt: skip
     names = [[OPS[op] for op in ops] for ops in p.op]
@@ -127,7 +116,7 @@ def _operations(policy, seed: int, sample: int, strong: int, height: int, width:
 
 
 def _draw(tiles: np.ndarray, classes: list[str], captions: list[list[list[str]]], weak: int, title: str) -> Image.Image:
-    """tiles: (rows, columns, H, W, 3) -> the sheet."""
+    """tiles: (rows, columns, H, W, 3) uint8 -> the sheet."""
     small, large = ImageFont.load_default(10), ImageFont.load_default(14)
     zoom = max(1, 96 // max(tiles.shape[2:4]))
     height, width = tiles.shape[2] * zoom, tiles.shape[3] * zoom
