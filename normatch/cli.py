@@ -208,7 +208,7 @@ def _verify(options) -> int:
     if options.preset or options.config:
         short = {}
     config = _config(options, out="runs/verify-resume", **short)
-    from .verify import verify_resume
+    from .tools.verify import verify_resume
 
     certificate = verify_resume(config, options.kills)
     print(f"bit-equal after {certificate['kills']} kills: {config.folder}/certificate.json")
@@ -260,21 +260,21 @@ def _eval(options) -> int:
 
 
 def _convert(options) -> int:
-    from .convert import convert
+    from .tools.convert import convert
 
     print(convert(options.source, options.target, options.dataset))
     return 0
 
 
 def _plot(options) -> int:
-    from .plot import plot
+    from .tools.plot import plot
 
     print(plot(options.runs, options.out))
     return 0
 
 
 def _compare(options) -> int:
-    from .baselines import compare
+    from .tools.compare import compare
 
     keys = {name: getattr(options, name) for name in ("data_dir", "num_labels")}
     given = {name: value for name, value in keys.items() if value is not None}
@@ -321,7 +321,7 @@ def _predict(options) -> int:
 
 
 def _info(options) -> int:
-    from .info import info
+    from .tools.info import info
 
     print(info())
     return 0

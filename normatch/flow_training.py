@@ -13,7 +13,6 @@ from .augment import normalize
 from .config import Config
 from .data import Dataset, Split, load_dataset, make_split
 from .errors import UserError
-from .flow_figures import leave_figures
 from .flows import (
     SCNF,
     ConditionalFlow,
@@ -37,6 +36,7 @@ from .optim import EMA, SCHEDULES, SWA
 from .run import load_checkpoint, read_tensors
 from .state import TrainingState
 from .tables import Table
+from .tools.flow_figures import leave_figures
 
 FLOW_METHODS = {"flowgmm": FlowGMM, "scnf": SemiConditional}
 

@@ -19,9 +19,9 @@ from .classifier import ClassifierState
 from .config import Config, make_config
 from .errors import Interrupted, UserError
 from .flow_training import FLOW_METHODS, FlowState
-from .plot import leave_figure
 from .run import Run, device_name
 from .state import TrainingState, TrainStep
+from .tools.plot import leave_figure
 
 
 @dataclass(frozen=True)

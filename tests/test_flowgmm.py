@@ -14,12 +14,11 @@ from test_step import NoReadBack
 from torch.nn import functional as F
 
 import normatch
-import normatch.convert
+import normatch.tools.convert
 from normatch.cli import main
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.flow_figures import COLOURS, latent_figure, plane_figure, reliability, samples_figure, temperature
 from normatch.flow_training import FlowState, make_prior
 from normatch.flows import FlowClassifier, FlowOutput, GaussianMixture, RealNVPTabular
 from normatch.methods.flowgmm import MEANS, FlowGMM, place_means, simplex
@@ -27,7 +26,9 @@ from normatch.optim import SCHEDULES, SWA
 from normatch.run import load_checkpoint
 from normatch.state import TrainStep
 from normatch.tables import Table, load_table
-from normatch.verify import same
+from normatch.tools.flow_figures import latent_figure, plane_figure, reliability, samples_figure, temperature
+from normatch.tools.plot import COLORS
+from normatch.tools.verify import same
 
 CPU = torch.device("cpu")
 
@@ -266,7 +267,7 @@ def test_pictures_show_what_they_say(tmp_path):
         marks = [c for c in panels[0].collections if len(c.get_offsets()) == 5]  # the labelled points of each class
         for label, mark in enumerate(marks[-2:]):
             assert np.allclose(sorted(mark.get_offsets().tolist()), sorted(x[y == label].tolist()))
-            assert to_hex(mark.get_facecolor()[0]) == COLOURS[label]
+            assert to_hex(mark.get_facecolor()[0]) == COLORS[label]
 
         model, ends = Levels(), torch.tensor([[0.0] * 4, [0.9] * 4] * 3)
         figure = samples_figure(model, ends, ["a", "b", "c"], lambda rows: rows.view(-1, 1, 2, 2), columns=4)
@@ -494,7 +495,7 @@ def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
     samples = data.test_x if preset == "moons" else data.test_images
     probs = model.predict_proba(samples)
     assert probs.shape == (len(samples), len(data.classes)) and (probs.sum(1) - 1).abs().max() < 1e-5
-    converted = normatch.convert.convert(result.out, tmp_path / "model.safetensors")
+    converted = normatch.tools.convert.convert(result.out, tmp_path / "model.safetensors")
     assert torch.equal(normatch.load(converted).predict_proba(samples), probs)
     state = load_checkpoint(result.out)
     state["config"]["couplings" if len(state["shape"]) == 1 else "flow_blocks"] += 1
@@ -510,7 +511,7 @@ def test_rows_of_a_file_are_predicted(tmp_path, capsys):
         (tmp_path / name).write_text("\n".join(("a,label,b", *lines)) + "\n")
     keys = {"dataset": "table", "data_dir": str(tmp_path), "num_labels": 0, "hidden": 8, "uratio": 1}
     run = normatch.train(tiny(tmp_path / "run", "flowgmm-wine", steps=2, eval_every=2, **keys)).out
-    normatch.convert.convert(run, tmp_path / "model.safetensors")
+    normatch.tools.convert.convert(run, tmp_path / "model.safetensors")
     (tmp_path / "new.csv").write_text("a,b\n0.5,2\n0.5,-2\n")
     (tmp_path / "other.csv").write_text("a,c\n0.5,2\n")
     (tmp_path / "gap.csv").write_text("a,b\n0.5,1\nnan,2\n")
