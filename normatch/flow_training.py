@@ -1,6 +1,5 @@
 """Training of a flow with a prior over its latent space, on images, tables or points of the plane."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,24 +12,12 @@ from .augment import normalize
 from .config import Config
 from .data import Dataset, Split, load_dataset, make_split
 from .errors import UserError
-from .flows import (
-    SCNF,
-    ConditionalFlow,
-    FlowClassifier,
-    FlowDensity,
-    GaussianMixture,
-    Glow,
-    GlowMNIST,
-    MaskedGlow,
-    PointFlow,
-    RealNVP,
-    RealNVPMNIST,
-    RealNVPTabular,
-    initialize,
-)
+from .flows import SCNF, FlowDensity
+from .flows.build import ROW_FLOWS, decays, make_flowgmm, make_scnf
 from .flows.flow import load_weights
 from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, row_batches
-from .methods.flowgmm import FlowGMM, place_means
+from .methods.flowgmm import FlowGMM
+from .methods.means import place_means
 from .methods.scnf import SemiConditional
 from .optim import EMA, SCHEDULES, SWA
 from .run import load_checkpoint, read_tensors
@@ -263,46 +250,16 @@ def make_objective(config: Config, shape, classes: int, x=None, y=None) -> nn.Mo
     x: (n, *shape), y: (n,), the labelled training samples, from which ActNorms, means and the classes' shares follow;
     without them a density that waits for weights.
     """
-    model = (make_scnf if config.method == "scnf" else make_flowgmm)(config, shape, classes, x, y)
+    if config.method == "scnf":
+        model = make_scnf(config, shape, classes, x, y)
+    else:
+        model = make_flowgmm(config, shape, classes, x)
+        if x is not None:
+            means = place_means(config.means, config.means_r, classes, model.flow, x, y, shape)
+            model.prior.means.data.copy_(means)
     if x is not None and config.pretrained:
         load_pretrained(model, config.pretrained)
     return FLOW_METHODS[config.method](model, config)
-
-
-def make_flowgmm(config: Config, shape, classes: int, x=None, y=None) -> FlowClassifier:
-    """A flow and its mixture; arguments as of `make_objective`."""
-    flow = make_flow(config, shape)
-    means = torch.zeros(classes, math.prod(shape))
-    if x is not None:
-        initialize(flow, x[:512])
-        means = place_means(config.means, config.means_r, classes, flow, x, y, shape)
-    return FlowClassifier(flow, make_prior(config, means))
-
-
-def make_scnf(config: Config, shape, classes: int, x=None, y=None) -> SCNF:
-    """A semi-conditional flow; arguments as of `make_objective`. Raises `UserError` for sizes that cannot be."""
-    f = make_flow(config, shape)
-    deep = config.ssl_dim or f.features
-    if deep > f.features:
-        raise UserError(f"ssl_dim is {deep}, but a sample has only {f.features} dimensions")
-    h = "shift"
-    if config.ssl_model == "cond-flow":
-        if deep < 4 ** (config.ssl_l - 1) * 2:
-            raise UserError(f"{deep} dimensions have no room for ssl_l {config.ssl_l}: take --ssl_l 1")
-        h = ConditionalFlow(
-            deep,
-            embedding=max(10, classes),
-            levels=config.ssl_l,
-            steps=config.ssl_k,
-            hidden=config.ssl_hd,
-            conv=CONV_FORMS[config.ssl_conv],
-            factors=config.ssl_hh,
-        )
-    model = SCNF(f, h, classes, deep, None if y is None else torch.bincount(y, minlength=classes))
-    if x is not None:  # with the noise of training, without which pixels that no image uses have no deviation
-        x = x[:512]
-        initialize(model, x + config.noise * torch.randn_like(x))
-    return model
 
 
 def load_pretrained(model: FlowDensity, path: str):
@@ -320,55 +277,6 @@ def load_pretrained(model: FlowDensity, path: str):
             load_weights(model.prior, {**model.prior.state_dict(), "means": content["means"].detach()}, "prior")
 
 
-def make_flow(config: Config, shape: tuple[int, ...]) -> nn.Module:
-    """The flow that `config.flow` names, for samples of this shape: (D,) or (C, H, W)."""
-    if config.flow == "toy":
-        return PointFlow(*shape, config.couplings, config.hidden)
-    if config.flow == "tabular":
-        return RealNVPTabular(
-            *shape, config.couplings, config.hidden, config.layers, config.dropout, zero_init=config.zero_init
-        )
-    kind, halvings, options = IMAGE_FLOWS[config.flow]
-    if kind is Glow and shape[0] < 2:
-        raise UserError("flow glow couples the halves of the channels, and a grey image has one: take glow-mnist")
-    if config.flow in ("realnvp", "realnvp-1x1", "realnvp-1x1-actnorm", "glow"):
-        halvings, options = config.flow_scales - 1 + (config.flow == "glow"), {**options, "scales": config.flow_scales}
-    if shape[1] % 2**halvings or shape[2] % 2**halvings:
-        raise UserError(
-            f"flow {config.flow} halves an image {halvings} times: its side, {shape[1]}, must be divisible by "
-            f"{2**halvings}; --image_size gives another"
-        )
-    if kind is MaskedGlow:
-        form = CONV_FORMS[config.conv]
-        return MaskedGlow(shape, config.flow_width, form, config.hh_factors, reversible=config.reversible)
-    return kind(shape, width=config.flow_width, blocks=config.flow_blocks, reversible=config.reversible, **options)
-
-
-ROW_FLOWS = ("tabular", "toy")  # of rows of numbers, an image's too
-
-# flow: its class, how often it halves an image, its options
-IMAGE_FLOWS = {
-    "realnvp": (RealNVP, None, {}),
-    "realnvp-1x1": (RealNVP, None, {"conv": True}),
-    "realnvp-1x1-actnorm": (RealNVP, None, {"conv": True, "actnorm": True}),
-    "realnvp-mnist": (RealNVPMNIST, 2, {}),
-    "glow": (Glow, None, {}),
-    "glow-mnist": (GlowMNIST, 2, {}),
-    "mnist-masked": (MaskedGlow, 2, {}),
-}
-
-
-CONV_FORMS = {"full": "full", "hh": "householder", "qr": "qr"}  # SCNF's names of the 1 x 1 convolutions
-
-
-def make_prior(config: Config, means: torch.Tensor) -> GaussianMixture:
-    """means: (K, D) -> the mixture, with what `config` says is trained of it."""
-    trained = {"means": "means", "rho": "covs", "mixture_logits": "weights"}
-    rho = torch.full((len(means),), config.sigma + math.log(-math.expm1(-config.sigma)))  # softplus(rho) = sigma
-    trainable = tuple(name for name, ours in trained.items() if getattr(config, f"{ours}_trainable"))
-    return GaussianMixture(means, rho, trainable=trainable)
-
-
 def parameter_groups(model: FlowDensity, config: Config) -> list[dict]:
     """The flow's parameters and the mixture's, with their rates and decays.
 
@@ -380,10 +288,10 @@ def parameter_groups(model: FlowDensity, config: Config) -> list[dict]:
         return [{"params": parameters, "lr": config.lr, "base_lr": config.lr, "weight_decay": config.weight_decay}]
     prior = [p for p in model.prior.parameters() if p.requires_grad]
     named = [(name, p) for name, p in model.flow.named_parameters() if p.requires_grad]
-    decays = [p for name, p in named if config.flow in ROW_FLOWS or name.endswith(GAINS)]
-    rest = [p for name, p in named if not (config.flow in ROW_FLOWS or name.endswith(GAINS))]
+    decaying = [p for name, p in named if decays(config.flow, name)]
+    rest = [p for name, p in named if not decays(config.flow, name)]
     groups = [
-        {"params": decays, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": decaying, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": rest, "lr": config.lr, "weight_decay": 0.0},
         {"params": prior, "lr": config.lr_gmm, "weight_decay": 0.0},
     ]
@@ -397,8 +305,6 @@ def flatten(parameters: list[nn.Parameter]) -> torch.Tensor:
         p.data = part.view_as(p)
     return flat
 
-
-GAINS = ("weight_g", "original0", "gain")
 
 OPTIMIZERS = {
     "adam": lambda groups: torch.optim.Adam(groups, fused=True),

@@ -2,9 +2,10 @@
 
 from .density import FlowClassifier, FlowDensity, FlowOutput, GaussianMixture
 from .flow import Flow, initialize
+from .glow import Glow, GlowMNIST
 from .head import Coupling, FlowHead
 from .layers import dequantize
-from .realnvp import Glow, GlowMNIST, RealNVP, RealNVPMNIST, RealNVPTabular
+from .realnvp import RealNVP, RealNVPMNIST, RealNVPTabular
 from .scnf import SCNF, ConditionalFlow, MaskedGlow, PointFlow
 
 __all__ = [

@@ -5,6 +5,7 @@ is (N,), for vectors (...), in nats, float32 (float64 for float64). No layer rem
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +215,23 @@ class InvertibleConv(nn.Module):
         return f"{self.channels}, form={self.form!r}"
 
 
+class ResidualBlock(nn.Sequential):
+    """x: (...) -> x + layers(x): named layers, one after the other, with a skip around them."""
+
+    def __init__(self, **layers: nn.Module):
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def zero_last(net: nn.Sequential) -> nn.Sequential:
+    """Sets the last layer's weight and bias to 0, so that the network starts as the constant 0."""
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    return net
+
+
 # ---- Couplings ----------------------------------------------------------------------------------------------------
 
 
@@ -283,19 +301,6 @@ class DoubleCoupling(nn.Module):
     def inverse(self, z: Tensor, *e: Tensor) -> Tensor:
         z = _couple(ops.coupling2d_inverse, z, self.net2(_halves(z)[0], *e), "second")
         return _couple(ops.coupling2d_inverse, z, self.net1(_halves(z)[1], *e), "first")
-
-
-class ConditionalMaskedCoupling(ImageCoupling):
-    """x: (N, C, H, W), e: (N, E) -> z, logdet: a checkerboard coupling whose network also sees the embedding e."""
-
-    def __init__(self, net: nn.Module, channels: int, changed: str):
-        super().__init__(net, channels, changed, gained=False, shift_first=False)
-
-    def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        return self._couple(ops.coupling2d, x, self.net(self.kept(x), e))
-
-    def inverse(self, z: Tensor, e: Tensor) -> Tensor:
-        return self._couple(ops.coupling2d_inverse, z, self.net(self.kept(z), e))
 
 
 class ConditionalShift(nn.Module):

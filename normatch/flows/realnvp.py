@@ -12,7 +12,7 @@ from ..errors import UserError
 from .density import GaussianMixture, checked_samples
 from .flow import Flow, load_weights
 from .head import Coupling
-from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, Squeeze
+from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, ResidualBlock, Squeeze, zero_last
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
 
@@ -44,8 +44,7 @@ class RealNVPTabular(nn.Module):
         )
         if zero_init:
             for coupling in self.couplings:
-                nn.init.zeros_(coupling.net[-1].weight)
-                nn.init.zeros_(coupling.net[-1].bias)
+                zero_last(coupling.net)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z, logdet = self._check(x, "x"), 0.0
@@ -126,19 +125,16 @@ class WeightNormConv2d(nn.Module):
         return f"{inputs}, {outputs}, {kernel}"
 
 
-class ResidualBlock(nn.Module):
-    """x: (N, C, H, W) -> the same: x + two normalised, weight-normalised 3 x 3 convolutions."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.in_norm = nn.BatchNorm2d(channels)
-        self.in_conv = WeightNormConv2d(channels, channels, 3, bias=False)
-        self.out_norm = nn.BatchNorm2d(channels)
-        self.out_conv = WeightNormConv2d(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.in_conv(self.in_norm(x).relu())
-        return x + self.out_conv(self.out_norm(h).relu())
+def _residual_block(channels: int) -> ResidualBlock:
+    """(N, C, H, W) -> the same shape: two normalized, weight-normalized 3 x 3 convolutions and a skip."""
+    return ResidualBlock(
+        in_norm=nn.BatchNorm2d(channels),
+        in_relu=nn.ReLU(),
+        in_conv=WeightNormConv2d(channels, channels, 3, bias=False),
+        out_norm=nn.BatchNorm2d(channels),
+        out_relu=nn.ReLU(),
+        out_conv=WeightNormConv2d(channels, channels, 3),
+    )
 
 
 class ResidualNet(nn.Module):
@@ -153,7 +149,7 @@ class ResidualNet(nn.Module):
         self.in_norm = nn.BatchNorm2d(channels)
         self.in_conv = WeightNormConv2d(2 * channels, width, 3)
         self.in_skip = WeightNormConv2d(width, width, 1)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_residual_block(width) for _ in range(blocks))
         self.skips = nn.ModuleList(WeightNormConv2d(width, width, 1) for _ in range(blocks))
         self.out_norm = nn.BatchNorm2d(width)
         self.out_conv = WeightNormConv2d(width, 2 * channels, 1)
@@ -170,7 +166,7 @@ class ResidualNet(nn.Module):
         return self.out_conv(self.out_norm(skips).relu())
 
 
-class _ImageFlow(Flow):
+class ImageFlow(Flow):
     """A flow of images whose couplings have `ResidualNet`s."""
 
     def __init__(self, layers, shape, levels, reversible):
@@ -225,7 +221,7 @@ def _published_layer(kind: type[nn.Module], tensors: dict) -> dict[str, Tensor]:
     return found
 
 
-def _steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=False) -> list[nn.Module]:
+def coupling_steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=False) -> list[nn.Module]:
     """One coupling for each of `changed`, each behind an ActNorm and a 1 x 1 convolution if wanted."""
     layers = []
     for part in changed:
@@ -239,11 +235,11 @@ def _steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=
     return layers
 
 
-_CHECKERBOARD = ("even", "odd", "even")
-_HALVES = ("first", "second", "first")
+CHECKERBOARD = ("even", "odd", "even")
+HALVES = ("first", "second", "first")
 
 
-class RealNVP(_ImageFlow):
+class RealNVP(ImageFlow):
     """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's RealNVP for images of 32 x 32.
 
     At every scale but the last three couplings on the checkerboard, a squeeze, three on halves of the channels with
@@ -268,13 +264,13 @@ class RealNVP(_ImageFlow):
     ):
         layers, channels = [], shape[0]
         for _ in range(scales - 1):
-            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv, actnorm)
+            layers += coupling_steps(channels, width, blocks, CHECKERBOARD, conv, actnorm)
             layers.append(Squeeze())
             width = 2 * width if doubling else width
-            layers += _steps(4 * channels, width, blocks, _HALVES, conv, actnorm)
+            layers += coupling_steps(4 * channels, width, blocks, HALVES, conv, actnorm)
             layers.append(FactorOut(2 * channels))
             channels = 2 * channels
-        layers += _steps(channels, width, blocks, (*_CHECKERBOARD, "odd"), conv, actnorm)
+        layers += coupling_steps(channels, width, blocks, (*CHECKERBOARD, "odd"), conv, actnorm)
         super().__init__(layers, shape, levels, reversible)
 
 
@@ -286,58 +282,3 @@ class RealNVPMNIST(RealNVP):
 
     def __init__(self, shape: Sequence[int] = (1, 28, 28), width: int = 64, blocks: int = 4, **options):
         super().__init__(shape, 3, width, blocks, doubling=False, **options)
-
-
-class Glow(_ImageFlow):
-    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow (after Kingma & Dhariwal 2018).
-
-    Steps of ActNorm, 1 x 1 convolution and a coupling of the first half of the channels (of an odd number the one in
-    the middle waits), three before and three after a squeeze, four and four at the last scale. Arguments as of
-    `RealNVP`.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int] = (3, 32, 32),
-        scales: int = 2,
-        width: int = 64,
-        blocks: int = 8,
-        levels: int | None = 256,
-        reversible: bool = False,
-    ):
-        layers, channels = [], shape[0]
-        for scale in range(scales):
-            last = scale == scales - 1
-            changed = ("first",) * (4 if last else 3)
-            layers += _steps(channels, width, blocks, changed, conv=True, actnorm=True)
-            layers.append(Squeeze())
-            layers += _steps(4 * channels, 2 * width, blocks, changed, conv=True, actnorm=True)
-            if not last:
-                layers.append(FactorOut(2 * channels))
-            channels, width = 2 * channels, 2 * width
-        super().__init__(layers, shape, levels, reversible)
-
-
-class GlowMNIST(_ImageFlow):
-    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow for MNIST, 14 steps of one width.
-
-    Steps of ActNorm, 1 x 1 convolution and a coupling as in `RealNVPMNIST`. Arguments as there.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        width: int = 64,
-        blocks: int = 4,
-        levels: int | None = 256,
-        reversible: bool = False,
-    ):
-        layers, channels = [], shape[0]
-        for halves in (_HALVES, _HALVES[:2]):
-            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv=True, actnorm=True)
-            layers.append(Squeeze())
-            layers += _steps(4 * channels, width, blocks, halves, conv=True, actnorm=True)
-            layers.append(FactorOut(2 * channels))
-            channels = 2 * channels
-        layers += _steps(channels, width, blocks, _CHECKERBOARD, conv=True, actnorm=True)
-        super().__init__(layers, shape, levels, reversible)

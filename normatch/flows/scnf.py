@@ -19,21 +19,12 @@ from .layers import (
     InvertibleConv,
     Logit,
     NetActNorm,
+    ResidualBlock,
     Squeeze,
+    zero_last,
 )
 
 # ---- Networks -----------------------------------------------------------------------------------------------------
-
-
-class ResidualBlock(nn.Module):
-    """x: (N, C, H, W) or (..., C) -> the same: x + net(x)."""
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
 
 
 class ConditionalNet(nn.Sequential):
@@ -61,22 +52,23 @@ def image_net(inputs: int, width: int, outputs: int, kind: type[nn.Sequential] =
     def conv(a, b):
         return nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3)
 
-    blocks = (ResidualBlock(nn.ReLU(), *conv(width, width), nn.ReLU(), *conv(width, width)) for _ in range(4))
+    def block():
+        return ResidualBlock(net=nn.Sequential(nn.ReLU(), *conv(width, width), nn.ReLU(), *conv(width, width)))
+
+    blocks = (block() for _ in range(4))
     net = kind(*conv(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *conv(width, outputs))
-    return _zero_last(net)
+    return zero_last(net)
 
 
 def vector_net(inputs: int, width: int, outputs: int) -> ConditionalNet:
     """x and e, (..., inputs) together, -> (..., outputs): the same network on vectors, at first constant 0."""
-    blocks = (ResidualBlock(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(4))
+
+    def linear():
+        return nn.Linear(width, width)
+
+    blocks = (ResidualBlock(net=nn.Sequential(nn.ReLU(), linear(), nn.ReLU(), linear())) for _ in range(4))
     net = ConditionalNet(nn.Linear(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), nn.Linear(width, outputs))
-    return _zero_last(net)
-
-
-def _zero_last(net):
-    nn.init.zeros_(net[-1].weight)
-    nn.init.zeros_(net[-1].bias)
-    return net
+    return zero_last(net)
 
 
 # ---- Flows --------------------------------------------------------------------------------------------------------

@@ -4,19 +4,12 @@ The density of a labelled row is that of its class, the density of any other the
 Jacobian cancels, is the classifier.
 """
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import UserError
 from .metrics import average
 from .normatch import ramp
-
-MEANS = (
-    "random", "circle", "diagonal", "simplex", "antipodal", "pixel_const", "split_dims", "split_dims_v2",
-    "from_data", "from_latent", "from_z", "random_data", "spread",
-)  # fmt: skip
 
 
 class FlowGMM(nn.Module):
@@ -90,117 +83,3 @@ def two_views(images, b: int, u: int, noise: float) -> tuple[torch.Tensor, torch
     if noise:
         views, other = (rows + noise * torch.randn_like(rows) for rows in (views, other))
     return views, other
-
-
-def place_means(rule: str, r: float, classes: int, flow, x, y, shape=None, generator=None) -> torch.Tensor:
-    """-> (K, D) means by one of the rules MEANS, each scaled by r.
-
-    flow: x -> z (n, D), logdet, untrained.   x: (n, ...) some training rows, y: (n,) their labels, of which every
-    class has at least one, -1 elsewhere.   shape: (C, H, W) of an image's samples, for split_dims_v2.
-
-    random         N(0, I): nearly orthogonal in many dimensions
-    circle         in the first two coordinates, at equal angles, radius r
-    diagonal       on the line through all corners, from (-r, ...) to (r, ...)
-    simplex        pairwise distance r; on a circle where D < K - 1
-    antipodal      +-3.75 in a random direction for two classes, 0.56 N(0, I) for more (published for tables), times r
-    pixel_const    k - (K - 2) / 2 in every coordinate
-    split_dims     1 in the k-th part of D // K coordinates, 0 elsewhere
-    split_dims_v2  1 in a horizontal stripe of one channel, 0 elsewhere
-    from_data      the mean of a class's rows
-    from_latent    the mean of their latent points, f(x)
-    from_z         the latent point of their mean
-    random_data    the latent point of a class's first row
-    spread         from_latent, centred and pushed apart to a mean pairwise distance of at least r
-
-    The first eight look at no data: in few dimensions the classes then have to be carried to where their means happen
-    to be, and unlabelled rows settle at the wrong ones. `spread` starts where the classes are.
-    """
-    features = x[0].numel() if len(x) else int(np.prod(shape))
-    k = torch.arange(classes, dtype=torch.float32)
-    means = torch.zeros(classes, features)
-    if rule == "random":
-        means = r * torch.randn(classes, features, generator=generator)
-    elif rule == "circle":
-        angle = 2 * torch.pi * k / classes
-        if classes > 1:
-            means[:, 0], means[:, 1] = r * angle.cos(), r * angle.sin()
-    elif rule == "diagonal":
-        means[:] = r * (2 * k / max(1, classes - 1) - 1)[:, None] if classes > 1 else 0.0
-    elif rule == "simplex":
-        means = r * simplex(classes, features)
-    elif rule == "antipodal":
-        means = 0.56 * r * torch.randn(classes, features, generator=generator)
-        if classes == 2:
-            first = 3.75 * r * F.normalize(means[0], dim=0)
-            means = torch.stack((first, -first))
-    elif rule == "pixel_const":
-        means[:] = r * (k - (classes - 2) / 2)[:, None]
-    elif rule == "split_dims":
-        part = features // classes
-        if not part:
-            raise UserError(
-                f"means split_dims: {features} dimensions are too few for a part for each of {classes} classes"
-            )
-        for label in range(classes):
-            means[label, label * part : (label + 1) * part] = r
-    elif rule == "split_dims_v2":
-        if shape is None or len(shape) != 3:
-            raise UserError("means split_dims_v2 are stripes of an image: of rows take split_dims")
-        channels, height, _ = shape
-        if channels * height < classes:
-            raise UserError(
-                f"means split_dims_v2: an image of {height} rows has no stripe for each of {classes} classes"
-            )
-        picture = means.view(classes, *shape)
-        # The classes are dealt to the channels, the more to the last: 3 + 3 + 4.
-        for channel, own in enumerate(np.array_split(np.arange(classes)[::-1], channels)[::-1]):
-            for rows, label in zip(np.array_split(np.arange(height), max(1, len(own))), own[::-1], strict=False):
-                picture[label, channel, rows] = r
-    elif rule == "from_data":
-        means = r * class_means(x.flatten(1).cpu(), y, classes)
-    elif rule == "from_z":
-        means = r * latent(flow, class_means(x.flatten(1), y, classes).view(classes, *x.shape[1:]))
-    else:
-        z = latent(flow, x)
-        if rule == "random_data":
-            means = r * torch.stack([z[y == label][0] for label in range(classes)])
-        else:
-            means = class_means(z, y, classes)
-            if rule == "from_latent":
-                means = r * means
-            else:
-                means = means - means.mean(0)
-                if classes > 1:
-                    means = means * (r / torch.pdist(means).mean().clamp(min=1e-6)).clamp(min=1.0)
-    return means.to(x.dtype).cpu()
-
-
-def simplex(classes: int, features: int) -> torch.Tensor:
-    """-> (K, D) points of pairwise distance 1, around the origin; where D < K - 1, on a circle, neighbours 1 apart."""
-    points = torch.zeros(classes, features)
-    if features >= classes - 1:
-        u, s, _ = torch.linalg.svd(torch.eye(classes) - 1 / classes)
-        points[:, : classes - 1] = (u * s / 2**0.5)[:, : classes - 1]
-        return points
-    angle = 2 * torch.pi * torch.arange(classes) / classes
-    radius = 0.5 / np.sin(np.pi / classes)
-    points[:, 0] = radius * angle.cos()
-    if features > 1:
-        points[:, 1] = radius * angle.sin()
-    return points
-
-
-def class_means(x, y, classes: int) -> torch.Tensor:
-    """x: (n, D), y: (n,) -> (K, D); rows of label -1 are in none."""
-    member = F.one_hot(y.clamp(min=0), classes).to(x) * (y >= 0)[:, None].to(x)
-    return (member.T @ x) / member.sum(0)[:, None]
-
-
-@torch.no_grad()
-def latent(flow, x, rows: int = 256) -> torch.Tensor:
-    """x: (n, ...) -> z (n, D), in evaluation mode."""
-    training = flow.training
-    flow.eval()
-    z = torch.cat([flow(part)[0] for part in x.split(rows)])
-    flow.train(training)
-    return z
