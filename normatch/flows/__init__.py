@@ -1,4 +1,4 @@
-"""Normalizing flows: the head that classifies features, and the flows of images and tables."""
+"""Normalizing flows: the head that classifies features, and flows of images and tables. Imports only ops."""
 
 from .density import FlowClassifier, FlowDensity, FlowOutput, GaussianMixture
 from .flow import Flow, initialize

@@ -9,8 +9,8 @@ from .realnvp import CHECKERBOARD, HALVES, ImageFlow, coupling_steps
 class Glow(ImageFlow):
     """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow (after Kingma & Dhariwal 2018).
 
-    Steps of ActNorm, 1 x 1 convolution and a coupling of the first half of the channels (of an odd number the one in
-    the middle waits), three before and three after a squeeze, four and four at the last scale. Arguments as of
+    Steps of ActNorm, 1 x 1 convolution and a coupling of the first half of the channels (the middle one of an odd
+    number is left out), three before and three after a squeeze, four and four at the last scale. Arguments as in
     `RealNVP`.
     """
 
