@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from normatch import make_config
-from normatch.baselines import BASELINES, features
 from normatch.flow_training import FlowState
 from normatch.state import TrainStep
+from normatch.tools.compare import BASELINES, features
 
 RESULTS = Path(__file__).parent / "results" / "means"
 SETS = ("wine", "breast-cancer", "iris", "digits-table")

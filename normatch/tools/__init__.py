@@ -1,1 +1,5 @@
-"""Commands that look at data, runs and checkpoints. They may import any other module; only `cli` imports them."""
+"""The commands around training: figures, comparisons, checkpoint conversion, resume verification, `normatch info`.
+
+Tools import training and everything below it. Only `cli` imports tools, except for the figures, which training draws
+at the end of a run.
+"""

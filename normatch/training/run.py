@@ -214,17 +214,20 @@ def save_checkpoint(path: Path, state: dict):
         raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {reason}") from None
 
 
-def check_same_run(saved: dict, config: Config):
-    """Raise `UserError` where the checkpoint's configuration and this one would not make the same weights."""
+def check_same_run(saved: dict, config: Config, run: str = "the checkpoint"):
+    """Raise `UserError` where the saved configuration and this one would not make the same weights.
+
+    `run`: what the saved one is of, for the message.
+    """
     wanted = config.model_dump()
-    saved = {**Config.model_construct().model_dump(), **saved}  # of a version with fewer keys
     if saved["method"] != config.method:
-        raise UserError(f"the checkpoint is of method {saved['method']!r}, this run is of {config.method!r}")
+        raise UserError(f"{run} is of method {saved['method']!r}, this run is of {config.method!r}")
+    saved = {**type(config).model_construct().model_dump(), **saved}  # of a version with fewer keys
     different = [k for k in wanted if k not in FREE_KEYS and saved.get(k) != wanted[k]]
     if different:
         k = different[0]
         more = f" (and {', '.join(different[1:])})" if different[1:] else ""
-        raise UserError(f"the checkpoint was made with {k}={saved.get(k)!r}, this run has {k}={wanted[k]!r}{more}")
+        raise UserError(f"{run} was made with {k}={saved.get(k)!r}, this run has {k}={wanted[k]!r}{more}")
 
 
 def environment(device: torch.device) -> dict:

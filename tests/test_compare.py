@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from normatch import baselines
-from normatch.baselines import BASELINES, _flow_keys, compare
 from normatch.cli import main
 from normatch.errors import UserError
+from normatch.tools.compare import BASELINES, _flow_keys, compare
 
 
 @pytest.mark.parametrize(
@@ -34,9 +33,9 @@ def test_the_graph_uses_rows_without_a_label():
     circle = np.stack([np.cos(angle), np.sin(angle)], 1)
     x = np.concatenate((circle, 3 * circle)).astype(np.float32)  # two rings, two labels on each
     y = np.repeat([0, 1], 200)
-    labelled = [0, 100, 200, 300]
-    spread = BASELINES["kNN label spreading"](x[labelled], y[labelled], x, x, False, seed=0)
-    straight = BASELINES["logistic regression"](x[labelled], y[labelled], x, x, False, seed=0)
+    labeled = [0, 100, 200, 300]
+    spread = BASELINES["kNN label spreading"](x[labeled], y[labeled], x, x, False, seed=0)
+    straight = BASELINES["logistic regression"](x[labeled], y[labeled], x, x, False, seed=0)
     assert (spread == y).mean() > 0.99 > 0.7 > (straight == y).mean()
 
 
@@ -50,7 +49,7 @@ def test_the_pi_model_is_more_than_its_network():
 
 def test_compare_prints_and_leaves_the_table(tmp_path, capsys, monkeypatch):
     kept = ("kNN", "logistic regression")
-    monkeypatch.setattr(baselines, "BASELINES", {name: BASELINES[name] for name in kept})
+    monkeypatch.setattr("normatch.tools.compare.BASELINES", {name: BASELINES[name] for name in kept})
     settings = {"steps": 40, "eval_every": 40, "lr": 1e-2, "hidden": 8, "progress": False, "device": "cpu"}
     table = compare("iris", seeds=(0, 1), out=tmp_path / "iris", **settings)
     assert (tmp_path / "iris.md").read_text() == table and table.count("\n") == 5
@@ -62,7 +61,7 @@ def test_compare_prints_and_leaves_the_table(tmp_path, capsys, monkeypatch):
 
 
 def test_flows_are_compared_and_finished_runs_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "BASELINES", {"kNN": BASELINES["kNN"]})
+    monkeypatch.setattr("normatch.tools.compare.BASELINES", {"kNN": BASELINES["kNN"]})
     settings = {"eval_every": 4, "progress": False, "device": "cpu", "runs": tmp_path, "seeds": (0,)}
     compare("scnf-moons", steps=4, **settings)
     began = (tmp_path / "scnf-moons-0" / "summary.json").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""`normatch convert`: a checkpoint of any origin -> one that holds what using the model takes, and nothing more."""
+"""`normatch convert`: a checkpoint of any origin -> one that holds only what inference needs."""
 
 import contextlib
 import os
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from . import published
-from .errors import UserError
-from .evaluation import build_model, used_weights
+from .. import published
+from ..errors import UserError
+from ..evaluation import build_model, used_weights
 
 
 def convert(source: str | Path, target: str | Path, dataset: str | None = None) -> Path:
-    """source: a run, our checkpoint or a published one -> target: `.pt`, or `.safetensors`, by its name.
+    """source: a run, one of its checkpoints or a published one -> target: a `.pt` or `.safetensors` file.
 
-    The target holds the weights that are evaluated and no optimiser: `normatch eval`, `predict` and `load` take it,
-    training cannot go on from it. An existing file is kept. `dataset`: as in `normatch.load`.
+    The target holds the evaluated weights and no optimizer: `normatch eval`, `predict` and `load` accept it, training
+    cannot resume from it. An existing file is never replaced. `dataset`: as in `normatch.load`.
     """
     target = Path(target)
     if target.suffix not in (".pt", ".safetensors"):
@@ -23,11 +23,11 @@ def convert(source: str | Path, target: str | Path, dataset: str | None = None) 
     if target.exists():
         raise UserError(f"{target} exists: delete it first, or give another name")
     state = published.read(source, dataset)
-    build_model(state, source)  # what cannot be used is not written
+    build_model(state, source)  # a model that cannot be built is not written
     weights = used_weights(state)
     facts = {name: state[name] for name in published.FACTS if name in state}
     state = {**facts, "model": weights, "ema": weights, "split": None}  # no split: training refuses to resume from it
-    # The new file appears under its name when it is whole.
+    # The file gets its name once it is complete.
     unfinished = target.with_name(f".{target.name}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def convert(source: str | Path, target: str | Path, dataset: str | None = None) 
         else:
             published.write_safetensors(state, unfinished)
         os.replace(unfinished, target)
-    except (OSError, RuntimeError) as error:  # torch's writer has its own way to say that the disk is full
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise UserError(f"{target} could not be written: {error}") from None
     finally:
         with contextlib.suppress(OSError):

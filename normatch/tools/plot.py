@@ -1,4 +1,4 @@
-"""`normatch plot`: the curves of one run or of several, from their metrics.jsonl."""
+"""`normatch plot`: the curves of one or several runs, from their metrics.jsonl."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .config import FREE_KEYS
-from .errors import UserError
+from ..config import FREE_KEYS
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: `curves` is metric -> its name in the legend; those no run has are left out."""
+    """One set of axes: `curves` maps metrics to their names in the legend; metrics that no run has are left out."""
 
     title: str
     curves: dict[str, str]
@@ -37,14 +37,14 @@ PANELS = [
     ),
     Panel(
         "Losses",
-        {"loss": "total", "loss_x": "labelled", "loss_u": "unlabelled", "loss_flow": "flow, labelled"},
+        {"loss": "total", "loss_x": "labeled", "loss_u": "unlabeled", "loss_flow": "flow, labeled"},
         "nats",
         log=True,
     ),
     Panel("Loss of the averaged weights", {"test_loss": "test", "val_loss": "validation"}, "nats", log=True),
     Panel("Negative log-likelihood of features", {"loss_flow_unsup": "flow"}, "nats"),
     Panel(
-        "Unlabelled images: share",
+        "Unlabeled images: share",
         {
             "mask_ratio": "mean weight (mask ratio)",
             "high_confidence_ratio": "confident",
@@ -54,7 +54,7 @@ PANELS = [
         scale=100,
     ),
     Panel(
-        "Pseudo-labels: share that is right",
+        "Pseudo-labels: share that is correct",
         {
             "pseudo_label_accuracy": "all",
             "pseudo_label_accuracy_high_confidence": "confident",
@@ -69,11 +69,14 @@ PANELS = [
 ]
 
 STYLES = ["-", "--", ":", "-."]
-# Wong's palette (Nature Methods 2011), which colour-blind readers can tell apart, without its yellow.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-POINTS = 400  # a longer curve is averaged down to as many
+# Wong's palette (Nature Methods 2011), which color-blind readers can tell apart, without its yellow; then three of
+# Tol's, for ten classes.
+COLORS = [
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#882255", "#999933", "#888888",
+]  # fmt: skip
+POINTS = 400  # longer curves are averaged down to this many
 
-NOT_THE_EXPERIMENT = {"seed", *FREE_KEYS}  # what differs between runs of the same experiment
+NOT_THE_EXPERIMENT = {"seed", *FREE_KEYS}  # may differ between runs of the same experiment
 
 
 @dataclass
@@ -86,9 +89,9 @@ class RunCurves:
 
 
 def plot(runs, out: str | Path | None = None) -> Path:
-    """Run folders -> the figure's path: `out`, or RUN/curves.png of a single run, curves.png of several.
+    """Run folders -> the figure's path: `out`, by default RUN/curves.png for one run, curves.png for several.
 
-    Runs that differ in their seed alone become one curve, their mean, in a band of one standard deviation.
+    Runs that differ only in their seed are drawn as their mean within a band of one standard deviation.
     """
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     folders = list(dict.fromkeys(map(Path, runs)))
@@ -107,7 +110,7 @@ def plot(runs, out: str | Path | None = None) -> Path:
 
 
 def leave_figure(folder: str | Path) -> Path | None:
-    """For the end of a run: draw FOLDER/curves.png; where that fails, say so on standard error and return None."""
+    """At the end of a run: draws FOLDER/curves.png; if that fails, says so on standard error and returns None."""
     try:
         return plot([folder])
     except UserError as error:
@@ -134,7 +137,7 @@ def read_run(folder: Path) -> RunCurves:
         try:
             values = json.loads(line)
             step = values["step"]
-        except (ValueError, KeyError, TypeError):  # the line that a crash cut short
+        except (ValueError, KeyError, TypeError):  # a line that a crash cut short
             continue
         if {"data_wait", "seconds_per_step"} <= values.keys():  # logged as a share of the step
             values["data_seconds"] = values["data_wait"] * values["seconds_per_step"]
@@ -148,7 +151,7 @@ def read_run(folder: Path) -> RunCurves:
 
 
 def group(runs: list[RunCurves]) -> dict[str, list[RunCurves]]:
-    """Runs -> label -> the runs that differ in their seed alone. A label tells what sets its group apart."""
+    """Runs -> label -> the runs that differ only in their seed. The label says what sets the group apart."""
     groups = {}
     for run in runs:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
@@ -156,28 +159,28 @@ def group(runs: list[RunCurves]) -> dict[str, list[RunCurves]]:
     configs = [members[0].config for members in groups.values()]
     named = ("method", "dataset", "num_labels")
     keys = dict.fromkeys(k for config in configs for k in config if k not in {*NOT_THE_EXPERIMENT, *named})
-    # `hard_label` and the like follow from the method: said only where they also differ within one method.
+    # `hard_label` and the like follow from the method: named only if they differ within one method.
     pairs = [(a, b) for a in configs for b in configs if a.get("method") == b.get("method")]
-    telling = [k for k in keys if any(a.get(k) != b.get(k) for a, b in pairs)]
+    distinct = [k for k in keys if any(a.get(k) != b.get(k) for a, b in pairs)]
     result = {}
     for members in groups.values():
         config = members[0].config
         label = f"{config.get('method')}, {config.get('dataset')}, {config.get('num_labels')} labels"
-        label += "".join(f", {k}={config.get(k)}" for k in telling[:4])
+        label += "".join(f", {k}={config.get(k)}" for k in distinct[:4])
         label += f", seed {config.get('seed')}" if len(members) == 1 else f" ({len(members)} seeds: mean ± std)"
         result[label if label not in result else f"{label}, {members[0].folder}"] = members
     return result
 
 
 def overlap(curves: list) -> bool:
-    """[(steps, values)] of several runs -> whether there is a step that lies within each."""
+    """[(steps, values)] of several runs -> whether some step lies within all of them."""
     return bool(curves) and max(steps[0] for steps, _ in curves) <= min(steps[-1] for steps, _ in curves)
 
 
 def mean_and_std(curves: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[(steps, values)] of several runs -> steps (n,), mean (n,), standard deviation (n,) over the runs at each step.
 
-    Only between the first and last steps that all runs have: with fewer runs the mean would jump where one ends.
+    Only over the range that all runs cover: the mean would jump where one of them ends.
     """
     first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     steps = np.unique(np.concatenate([steps[(steps >= first) & (steps <= last)] for steps, _ in curves]))
@@ -186,7 +189,7 @@ def mean_and_std(curves: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """steps, values: (n,) -> at most `points` of them, each the average of its neighbours."""
+    """steps, values: (n,) -> at most `points` of each, averages of neighbors."""
     width = math.ceil(len(steps) / points)
     starts = np.arange(0, len(steps), width)
     counts = np.diff(np.append(starts, len(steps)))
@@ -195,11 +198,8 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> tuple[n
 
 def draw(runs: list[RunCurves]):
     """Runs -> a matplotlib Figure: a panel each for accuracy, losses, pseudo-labels, learning rate, time."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, and nobody's own figures are touched
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'normatch[plot]'") from None
+    from matplotlib.lines import Line2D
+
     groups = group(runs)
     panels = [p for p in PANELS if any(name in run.curves for run in runs for name in p.curves)]
     if not panels:
@@ -207,29 +207,29 @@ def draw(runs: list[RunCurves]):
 
     columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.35 * math.ceil(len(groups) / 2)), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    size = 4.2 * columns, 3.4 * rows + 0.35 * math.ceil(len(groups) / 2)
+    figure, grid = new_figure(rows, columns, size)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid, panels, strict=False):
         names = [name for name in panel.curves if any(name in run.curves for run in runs)]
-        for members, colour in zip(groups.values(), _colours(len(groups)), strict=True):
+        for members, color in zip(groups.values(), colors(len(groups)), strict=True):
             for name, style in zip(names, STYLES, strict=False):
                 curves = [run.curves[name] for run in members if name in run.curves]
                 for together in [curves] if overlap(curves) else [[curve] for curve in curves]:
                     steps, mean, std = mean_and_std(together)
                     steps, mean, std = thin(steps, steps)[0], *(panel.scale * thin(steps, v)[1] for v in (mean, std))
-                    axes.plot(steps, mean, style, color=colour, linewidth=1.4)
+                    axes.plot(steps, mean, style, color=color, linewidth=1.4)
                     if len(together) > 1:
                         below = np.maximum(mean - std, 1e-9) if panel.log and (mean >= 0).all() else mean - std
-                        axes.fill_between(steps, below, mean + std, color=colour, alpha=0.15, linewidth=0)
+                        axes.fill_between(steps, below, mean + std, color=color, alpha=0.15, linewidth=0)
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylabel(panel.unit, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        # The limits follow the lines: a band may reach below zero, which a logarithm cannot show, nor a share be.
+        # The limits follow the lines: a band may reach below zero, where neither a logarithm nor a share can be.
         values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
         if panel.log and (values >= 0).all() and (values > 0).any():  # the losses of a density may be negative
             axes.set_yscale("log")
@@ -239,12 +239,21 @@ def draw(runs: list[RunCurves]):
         if len(names) > 1:
             handles = [Line2D([], [], color="#444444", linestyle=style) for style in STYLES[: len(names)]]
             axes.legend(handles, [panel.curves[name] for name in names], fontsize=7.5, framealpha=0.6)
-    handles = [Line2D([], [], color=colour, linewidth=3) for colour in _colours(len(groups))]
+    handles = [Line2D([], [], color=color, linewidth=3) for color in colors(len(groups))]
     figure.legend(
         handles, list(groups), loc="outside upper center", ncols=min(2, len(groups)), fontsize=9, frameon=False
     )
     return figure
 
 
-def _colours(n: int) -> list:
-    return [COLOURS[i % len(COLOURS)] for i in range(n)]
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple:
+    """A matplotlib Figure of `size` inches with a grid of axes -> the Figure, its axes row by row."""
+    from matplotlib.figure import Figure  # without pyplot: no window, and the user's own figures stay untouched
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def colors(n: int) -> list[str]:
+    """n colors of COLORS, over and over."""
+    return [COLORS[i % len(COLORS)] for i in range(n)]

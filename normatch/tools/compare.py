@@ -1,40 +1,42 @@
-"""What a flow has to beat on few labels: scikit-learn's classics, a network with dropout, the Pi-model; their table."""
+"""`normatch compare`: what a flow has to beat on few labels, scikit-learn's classics, a network, the Pi-model."""
 
 import json
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from .config import FLOWS, PRESETS, make_config
-from .data import TABLES, Split, load_dataset, make_split, standardize
-from .errors import UserError, nearest
-from .optim import SCHEDULES
+from ..config import FLOWS, make_config, presets, read_config
+from ..data import TABLES, Split, load_dataset, make_split, standardize
+from ..errors import UserError, nearest
+from ..training.optim import SCHEDULES
+from ..training.run import check_same_run
+from ..training.trainer import train
 
-# As published for FlowGMM's tables: how many unlabelled rows the graphs of label spreading hold.
+# Unlabeled rows in the graphs of label spreading, as published for FlowGMM's tables.
 KNN_ROWS, RBF_ROWS = 10000, 5000
 
 
-def nearest_neighbours(x, y, unlabeled, test, angular, seed):
-    """The k of 1..19 with the best leave-one-out accuracy on the labelled rows."""
+def nearest_neighbors(x, y, unlabeled, test, angular, seed):
+    """With the k in 1..19 of the best leave-one-out accuracy on the labeled rows."""
     from sklearn.neighbors import KNeighborsClassifier
 
     metric = "cosine" if angular else "euclidean"
     order = KNeighborsClassifier(1, metric=metric).fit(x, y).kneighbors(n_neighbors=min(19, len(x) - 1))[1]
-    votes = np.cumsum(np.eye(y.max() + 1)[y[order]], axis=1)  # (n, k, K) of the row's own neighbours
+    votes = np.cumsum(np.eye(y.max() + 1)[y[order]], axis=1)  # (n, k, K) of the row's neighbors
     k = 1 + int((votes.argmax(2) == y[:, None]).mean(0).argmax())
     return KNeighborsClassifier(k, metric=metric).fit(x, y).predict(test)
 
 
 def logistic_regression(x, y, unlabeled, test, angular, seed):
-    """Multinomial, C = 1, on the labelled rows."""
+    """Multinomial, C = 1, on the labeled rows."""
     from sklearn.linear_model import LogisticRegression
 
     if angular:
@@ -43,8 +45,8 @@ def logistic_regression(x, y, unlabeled, test, angular, seed):
 
 
 def knn_label_spreading(x, y, unlabeled, test, angular, seed):
-    """16 neighbours, alpha 0.1."""
-    # What reaches a row over n edges is 0.1^n: any tolerance would stop before rows far from a label get theirs.
+    """16 neighbors, alpha 0.1."""
+    # Label mass shrinks by 0.1 per edge: any tolerance would stop before it reaches rows far from a label.
     graph = {"kernel": "knn", "n_neighbors": 16, "alpha": 0.1, "tol": 0, "max_iter": 100}
     return _label_spreading(x, y, unlabeled, test, angular, seed, KNN_ROWS, **graph)
 
@@ -65,7 +67,7 @@ def _label_spreading(x, y, unlabeled, test, angular, seed, rows, **options):
     labels = np.concatenate((y, np.full(len(chosen), -1)))
     if angular:
         points, test = _unit(points), _unit(test)
-    with warnings.catch_warnings():  # without a tolerance it never says that it has converged
+    with warnings.catch_warnings():  # without a tolerance it never reports convergence
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LabelSpreading(**options).fit(points, labels).predict(test)
 
@@ -75,12 +77,12 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def network(x, y, unlabeled, test, angular, seed):
-    """Three layers of 512 with dropout 0.5, cross-entropy on the labelled rows, AdamW 1e-3 with a cosine, 300 steps."""
+    """Three layers of 512 with dropout 0.5, cross-entropy on the labeled rows, AdamW 1e-3 with a cosine, 300 steps."""
     return _train_network(x, y, unlabeled, test, seed, weight=0.0)
 
 
 def pi_model(x, y, unlabeled, test, angular, seed):
-    """The network, with two passes of dropout over 500 unlabelled rows a step that have to agree (weight 30)."""
+    """The network, and two passes of dropout over 500 unlabeled rows per step that have to agree (weight 30)."""
     return _train_network(x, y, unlabeled, test, seed, weight=30.0)
 
 
@@ -109,7 +111,7 @@ def _train_network(x, y, unlabeled, test, seed, weight, steps=300, hidden=512, r
 
 
 BASELINES = {
-    "kNN": nearest_neighbours,
+    "kNN": nearest_neighbors,
     "logistic regression": logistic_regression,
     "kNN label spreading": knn_label_spreading,
     "RBF label spreading": rbf_label_spreading,
@@ -119,63 +121,48 @@ BASELINES = {
 
 
 def features(dataset) -> tuple[np.ndarray, np.ndarray]:
-    """A data set -> (N, D) training and (M, D) test rows: standardised, or the pixels of images in [0, 1]."""
+    """A data set -> (N, D) training and (M, D) test rows: standardized, or the pixels of images in [0, 1]."""
     if dataset.is_table:
         parts = map(torch.from_numpy, (dataset.train_x, dataset.test_x))
         return tuple(standardize(x, dataset.mean, dataset.std).numpy() for x in parts)
-    grey = (dataset.train_x[:100] == dataset.train_x[:100, ..., :1]).all()
-    train, test = (images[..., :1] if grey else images for images in (dataset.train_x, dataset.test_x))
+    gray = (dataset.train_x[:100] == dataset.train_x[:100, ..., :1]).all()
+    train, test = (images[..., :1] if gray else images for images in (dataset.train_x, dataset.test_x))
     return tuple((images.reshape(len(images), -1) / 255).astype(np.float32) for images in (train, test))
-
-
-def baseline_accuracies(dataset, split: Split, seed: int):
-    """Yields (name, accuracy in percent, seconds) of each of BASELINES, trained on the split's rows."""
-    train, test = features(dataset)
-    y = dataset.train_labels[split.labeled]
-    angular = getattr(dataset, "angular", False)
-    for name, predict in BASELINES.items():
-        began = time.perf_counter()
-        predicted = predict(train[split.labeled], y, train[split.unlabeled], test, angular, seed)
-        yield name, 100 * float((predicted == dataset.test_labels).mean()), time.perf_counter() - began
 
 
 def compare(
     *presets: str, seeds=(0, 1, 2), out: str | Path | None = None, runs: str | Path | None = None, **keys
 ) -> str:
-    """The flows of presets (or of a data set's first one) and all baselines, on the same labels: a Markdown table.
+    """Flows and all baselines on the same labels -> a Markdown table.
 
-    A data set without a preset, such as a table of one's own, gets that of wine, which suits few dimensions.
-    out: where to leave the records as JSON, and beside it the table.   runs: where to keep the flows' runs; a run that
-    is there is not repeated, and one that was stopped goes on.   keys: of the configuration.
+    presets: presets of flows, or data sets, which stand for their first preset; a data set without one, such as a
+    table of your own, gets that of wine, which suits few dimensions.   out: where to write the records as JSON, with
+    the table beside it.   runs: where to keep the flows' runs; finished ones are not repeated, stopped ones go on.
+    keys: of the configuration.
 
-    Raises UserError where there is no such preset, and where two have other data or another number of labels.
+    Raises UserError if there is no such preset, or if two of them differ in data or number of labels.
     """
     settings = {name: {**_flow_keys(name), **keys} for name in presets}
-    configs = [make_config(**given) for given in settings.values()]
-    first = configs[0]
-    for preset, config in zip(presets, configs, strict=True):
+    first, *others = (make_config(**given) for given in settings.values())
+    for preset, config in zip(presets[1:], others, strict=True):
         if (config.dataset, config.num_labels) != (first.dataset, first.num_labels):
             raise UserError(
                 f"{preset} is {config.dataset} with {config.num_labels} labels and {presets[0]} {first.dataset} with "
                 f"{first.num_labels}: only what learns from the same labels can be compared"
             )
-    # Images for the baselines as they are: a smaller size is the flow's affair.
+    # The baselines see images at their full size: a smaller one is a setting of the flow.
     dataset = load_dataset(first.dataset, first.data_dir, first.download)
     if len(dataset.classes) < 2:
         raise UserError(f"{first.dataset} has one class: there is nothing to tell apart, and to compare")
     records = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(runs or temporary)
         for seed in seeds:
-            split = make_split(dataset, first.num_labels, seed)
-            for name, accuracy, seconds in baseline_accuracies(dataset, split, seed):
-                records.append({"method": name, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
-                print(f"seed {seed}: {name} {accuracy:.2f} % ({seconds:.0f} s)", file=sys.stderr)
+            records += baseline_records(dataset, make_split(dataset, first.num_labels, seed), seed)
             for name, given in settings.items():
-                own = {"seed": seed, "out": str(Path(runs or folder) / f"{name}-{seed}"), "resume": "auto"}
-                config = make_config(**{**given, **own})
+                config = make_config(**{**given, "seed": seed, "out": str(folder / f"{name}-{seed}"), "resume": "auto"})
                 summary = _summary(config)
-                accuracy, seconds = summary["test_accuracy"], summary["seconds_total"]
-                records.append({"method": config.method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
+                records.append(_record(config.method, seed, summary["test_accuracy"], summary["seconds_total"]))
     table = comparison_table(records, f"{first.dataset}, {first.num_labels} labels")
     if out:
         out = Path(out)
@@ -185,17 +172,34 @@ def compare(
     return table
 
 
-def _flow_keys(name: str) -> dict:
-    """A preset that trains a flow end to end, or a data set -> what to configure.
+def baseline_records(dataset, split: Split, seed: int) -> Iterator[dict]:
+    """Trains each of BASELINES on the split's rows: a record each, announced on standard error."""
+    train, test = features(dataset)
+    y = dataset.train_labels[split.labeled]
+    angular = getattr(dataset, "angular", False)
+    for name, predict in BASELINES.items():
+        began = time.perf_counter()
+        predicted = predict(train[split.labeled], y, train[split.unlabeled], test, angular, seed)
+        accuracy, seconds = 100 * float((predicted == dataset.test_labels).mean()), time.perf_counter() - began
+        print(f"seed {seed}: {name} {accuracy:.2f} % ({seconds:.0f} s)", file=sys.stderr)
+        yield _record(name, seed, accuracy, seconds)
 
-    Of a data set's presets the first, but a reduced one where there is any; of a table without, that of wine.
+
+def _record(method: str, seed: int, accuracy: float, seconds: float) -> dict:
+    return {"method": method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds}
+
+
+def _flow_keys(name: str) -> dict:
+    """A preset that trains a flow end to end, or a data set -> keys for `make_config`.
+
+    A data set stands for its reduced preset if it has one, else its first; a table without any, for that of wine.
     """
-    flows = {preset: values for preset, values in PRESETS.items() if values.get("method") in FLOWS}
+    flows = {preset: values for preset, values in presets().items() if values.get("method") in FLOWS}
     if name in flows:
         return {"preset": name}
-    found = [preset for preset, values in flows.items() if values["dataset"] == name]
-    if found:
-        return {"preset": next((preset for preset in found if preset.endswith("-small")), found[0])}
+    candidates = [preset for preset, values in flows.items() if values["dataset"] == name]
+    if candidates:
+        return {"preset": next((preset for preset in candidates if preset.endswith("-small")), candidates[0])}
     if name in TABLES:
         return {"preset": "flowgmm-wine", "dataset": name}
     known = nearest(name, [*flows, *TABLES, *(values["dataset"] for values in flows.values())])
@@ -203,26 +207,20 @@ def _flow_keys(name: str) -> dict:
 
 
 def _summary(config) -> dict:
-    """Of the run that `config` describes: what a finished one left, else trains it. Raises UserError for another's."""
-    from .trainer import train
-
+    """The summary of the run that `config` describes, trained unless finished. Raises UserError for another run."""
     path = config.folder / "summary.json"
     if not path.exists():
         return train(config).summary
-    kept = yaml.safe_load((config.folder / "config.yaml").read_text())
-    own = {"out", "resume", "progress", "overwrite", "data_dir"}
-    other = [name for name, value in config.model_dump().items() if name not in own and kept.get(name) != value]
-    if other:
-        raise UserError(f"{config.folder} holds a run with another {other[0]}: remove it, or keep the runs elsewhere")
+    check_same_run(read_config(config.folder / "config.yaml"), config, f"the run in {config.folder}")
     return json.loads(path.read_text())
 
 
 def comparison_table(records: list[dict], title: str) -> str:
+    """One row for each method: mean accuracy over the seeds, that of each seed, mean seconds."""
     rows = [f"| {title} | test accuracy, % | seeds | seconds |", "| --- | --- | --- | --- |"]
     for name in dict.fromkeys(record["method"] for record in records):
-        own = [record for record in records if record["method"] == name]
-        accuracies = [record["test_accuracy"] for record in own]
+        of_method = [record for record in records if record["method"] == name]
+        accuracies, seconds = ([record[key] for record in of_method] for key in ("test_accuracy", "seconds"))
         each = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
-        seconds = np.mean([record["seconds"] for record in own])
-        rows.append(f"| {name} | {np.mean(accuracies):.1f} | {each} | {seconds:.0f} |")
+        rows.append(f"| {name} | {np.mean(accuracies):.1f} | {each} | {np.mean(seconds):.0f} |")
     return "\n".join(rows) + "\n"

@@ -11,7 +11,7 @@ from normatch import __version__, dali, ops
 
 
 def info() -> str:
-    """A table in plain text, one fact per line. Never raises: what cannot be found out says so in its line."""
+    """A plain-text table, one fact per line. Never raises: a fact that cannot be determined says so in its line."""
     lines = [(label, _guarded(find)) for label, find in _FACTS.items()]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
@@ -51,7 +51,7 @@ def _kernels() -> str:
     by_device = {
         device: [op for op, devices in ops.kernels().items() if device in devices] for device in ("cpu", "cuda")
     }
-    return "; ".join(f"{device.upper()}: {', '.join(found) or 'none'}" for device, found in by_device.items())
+    return "; ".join(f"{device.upper()}: {', '.join(names) or 'none'}" for device, names in by_device.items())
 
 
 def _build() -> str:
@@ -76,13 +76,8 @@ def _gpu() -> str:
         return f"none (PyTorch {torch.__version__} has no CUDA)"
     if not torch.cuda.is_available():
         return "none found"
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
-        )
-    return "; ".join(found)
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return "; ".join(f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
 
 
 def _dali() -> str:
