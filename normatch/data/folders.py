@@ -218,7 +218,7 @@ def find_rows(table: Path) -> list[Item]:
 
 
 def find_tables(folder: Path, part: str = "train") -> list[Path]:
-    """The tables of a part that a folder holds, at most one CSV and one Parquet file."""
+    """The tables of `part` in a folder: at most one CSV and one Parquet file."""
     return [p for p in (folder / f"{part}.csv", folder / f"{part}.parquet") if p.is_file()]
 
 
@@ -345,9 +345,7 @@ def common_size(items: list[Item], most: int = 224) -> int:
     return max(8, min(most, round(shorter[len(shorter) // 2] / 8) * 8))
 
 
-def read_all(
-    items: list[Item], size: int, place: Path, in_memory: bool = True
-) -> tuple["np.ndarray | FileImages", list[Item]]:
+def read_all(items: list[Item], size: int, place: Path, in_memory: bool = True):
     """items -> (N, size, size, 3) uint8, and the N readable items, without unreadable unlabeled ones.
 
     Raises UserError for an unreadable labeled image. With in_memory=False the images are read once, to check them, and
@@ -414,14 +412,11 @@ def check(place: Path, table: bool = False) -> tuple[list[str], int]:
     lines = []
     for part in PARTS:
         counts = Counter(item.label for item in items if item.part == part)
-        if not counts:
-            continue
-        total = sum(counts.values())
-        if part == "unlabeled":
-            lines.append(f"{part:10} {total} images")
-        else:
-            lines.append(f"{part:10} {total} images of {len(counts)} classes")
-            width = max(len(str(label)) for label in counts)
+        if part == "unlabeled" and counts:
+            lines.append(f"{part:10} {counts.total()} images")
+        elif counts:
+            lines.append(f"{part:10} {counts.total()} images of {len(counts)} classes")
+            width = max(map(len, counts))
             lines += [f"  {label:<{width}} {count}" for label, count in sorted(counts.items())]
     if sizes:
         common = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(5))

@@ -33,13 +33,7 @@ class Split:
 
     def save(self, path):
         with open(path, "wb") as file:  # given a name, NumPy would append .npz to it
-            np.savez_compressed(
-                file,
-                labeled=self.labeled,
-                unlabeled=self.unlabeled,
-                validation=self.validation,
-                sha256=np.array(self.sha256),
-            )
+            np.savez_compressed(file, **vars(self), sha256=np.array(self.sha256))
 
     @staticmethod
     def load(path) -> "Split":

@@ -106,7 +106,7 @@ def miniimagenet(request: Request) -> Dataset:
         )
     data = class_folders(replace(request, data_dir=place, image_size=request.image_size or 84))
     mean, std = NORMALIZATION["miniimagenet" if request.reference else "imagenet"]
-    return replace(data, name="miniimagenet", mean=mean, std=std)
+    return replace(data, mean=mean, std=std)
 
 
 def _dataset(request: Request, images, labels, test_images, test_labels, classes, flip: bool) -> Dataset:
