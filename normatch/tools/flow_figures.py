@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..data import standardize
 from ..flows import FlowDensity
 from .plot import COLORS, colors, new_figure
 
@@ -14,28 +15,48 @@ LABELED = {"marker": "^", "s": 70, "edgecolors": "black", "linewidths": 0.9, "zo
 
 
 @torch.inference_mode()
-def leave_figures(
-    folder: Path, model: FlowDensity, train, test, shuffled, classes: list[str], images: Callable | None = None
-) -> list[Path]:
-    """Draws the figures that fit the data of a model in evaluation mode; returns their files.
-
-    train, test: (x (n, ...), y (n,)), with y -1 for rows whose label the model was not told.   shuffled: (m, ...) test
-    samples with each feature shuffled among the rows, hence out of distribution.   images: turns the model's samples
-    into (n, C, H, W) pixels in [0, 1]; None if they are not images.
+def leave_figures(folder: Path, method, dataset, split) -> list[Path]:
+    """Draws the figures that fit the data of a method with a density, in evaluation mode; returns their files.
 
         plane.png     for points of the plane: data, latent points, samples, grids through the flow and its inverse,
                       decision regions, density
         latent.png    distances of the means, reliability diagram, log p(x) in and out of distribution
         samples.png   for images: samples of each class, and lines between test images in latent space
     """
-    figures = {"latent.png": latent_figure(model, train, test, shuffled, classes)}
+    model = method.density
+    weight = next(model.parameters())
+
+    def inputs(x):
+        return method.inputs(standardize(torch.from_numpy(x).to(weight.device), dataset.mean, dataset.std))
+
+    told = np.full(len(dataset.train_labels), -1)  # -1 for rows whose label the method was not told
+    told[split.labeled] = dataset.train_labels[split.labeled]
+    rows = np.random.RandomState(0).permutation(len(told))[:5000]
+    rows = np.union1d(rows, split.labeled[:1000])
+    train = inputs(dataset.train_x[rows]), torch.from_numpy(told[rows])
+    test = inputs(dataset.test_x), torch.from_numpy(dataset.test_labels).to(weight.device)
+    figures = {"latent.png": latent_figure(model, train, test, shuffled(test[0]), dataset.classes)}
     if train[0].shape[1:] == (2,):
         figures["plane.png"] = plane_figure(model, *train)
-    if images:
-        figures["samples.png"] = samples_figure(model, test[0], classes, images)
+    if not dataset.is_table:
+        channels, size = method.channels, dataset.image_size
+        mean, std = (torch.tensor(v[:channels]).to(weight)[:, None, None] for v in (dataset.mean, dataset.std))
+
+        def pixels(x):  # what the flow takes -> (n, C, H, W) in [0, 1]
+            return x.view(len(x), channels, size, size) * std + mean
+
+        figures["samples.png"] = samples_figure(model, test[0], dataset.classes, pixels)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=110)
     return [folder / name for name in figures]
+
+
+def shuffled(x: torch.Tensor) -> torch.Tensor:
+    """x: (n, ...) -> (n, ...), each feature or pixel shuffled among the rows, hence out of distribution."""
+    generator = torch.Generator().manual_seed(0)
+    flat = x.flatten(1)
+    order = torch.rand(flat.shape, generator=generator).argsort(0).to(x.device)
+    return flat.gather(0, order).view_as(x)
 
 
 # ---- The plane
