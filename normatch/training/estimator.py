@@ -27,7 +27,7 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
     steps, lr, weight_decay: of AdamW, with a cosine schedule.
     batch_size: unlabelled rows a step, about; up to 100 labelled ones join them.
     noise: its standard deviation, in those of the features.
-    means, means_r: where the Gaussians stand, one of the rules of `methods.flowgmm.place_means`, and its scale.
+    means, means_r: where the Gaussians stand, one of the rules of `methods.means.place_means`, and its scale.
     means_trainable: whether they move.
     label_weight, lambda_u: weights of -log p(x, y) of labelled rows and of -log p(x) of all.
     random_state: seeds weights, batches and noise.   device: where to train.   verbose: show a progress bar.
