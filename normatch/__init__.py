@@ -27,9 +27,9 @@ _MODULES = (
     "data",
     "flows",
     "backbones",
-    "loader",
     "optim",
     "trainer",
+    "training",
 )
 
 __all__ = ["__version__", *_PUBLIC, "ops", "reference"]

@@ -12,11 +12,11 @@ from .config import Config
 from .data import load_dataset, make_split
 from .errors import UserError
 from .evaluation import accuracy
-from .loader import Batches, StepViews, choose_backend, make_batches
 from .methods import METHODS
 from .optim import EMA, SGD, AdamW, clip, cosine_7_16, decay_groups
 from .state import TrainingState
 from .tables import Table
+from .training.loader import Batches, StepViews, choose_backend, make_batches
 
 
 class ClassifierState(TrainingState):

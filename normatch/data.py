@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .augment import MAX_SIDE, random_words
+from .augment.philox import random_words
+from .augment.policy import MAX_SIDE
 from .errors import UserError, nearest
 from .tables import TABLES, Table, load_table
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import distributed, published
-from .augment import normalize
+from .augment.pillow import normalize
 from .backbones import Classifier, build_backbone
 from .config import Config
 from .data import load_dataset

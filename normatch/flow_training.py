@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import distributed
-from .augment import normalize
+from .augment.pillow import normalize
 from .config import Config
 from .data import Dataset, Split, load_dataset, make_split
 from .errors import UserError
@@ -30,13 +30,13 @@ from .flows import (
     initialize,
 )
 from .flows.flow import load_weights
-from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, row_batches
 from .methods.flowgmm import FlowGMM, place_means
 from .methods.scnf import SemiConditional
 from .optim import EMA, SCHEDULES, SWA
 from .run import load_checkpoint, read_tensors
 from .state import TrainingState
 from .tables import Table
+from .training.loader import Batches, StepDraws, StepViews, choose_backend, make_batches, row_batches
 
 FLOW_METHODS = {"flowgmm": FlowGMM, "scnf": SemiConditional}
 
@@ -108,10 +108,10 @@ class FlowState(TrainingState):
         if not self.views:
             if self.table:
                 x = torch.from_numpy(self.dataset.standardized(self.dataset.train_x)).to(dtype)
-                return row_batches(self.draws, x, lambda rows: rows, start, config.steps, self.device)
+                return row_batches(self.draws, x, start, config.steps, self.device)
             x = torch.from_numpy(self.dataset.train_images[..., : self.channels])
             return row_batches(
-                self.draws, x, lambda rows: self._pixels(rows).to(dtype), start, config.steps, self.device
+                self.draws, x, start, config.steps, self.device, lambda rows: self._pixels(rows).to(dtype)
             )
         batches = make_batches(
             self.draws, start, config.steps, self.augment_backend, self.device, torch.float32, config.num_workers

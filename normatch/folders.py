@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .augment import MAX_SIDE
+from .augment.policy import MAX_SIDE
 from .data import Dataset
 from .errors import UserError
 

@@ -9,7 +9,7 @@ from torch import nn
 from . import __version__, distributed
 from .config import Config
 from .errors import UserError
-from .loader import Batches, StepViews
+from .training.loader import Batches, StepViews
 
 
 class TrainingState:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from real_data import CIFAR10, MNIST
 
-from normatch.augment import random_words
+from normatch.augment.philox import random_words
 from normatch.data import LABELED, UNLABELED, Dataset, Split, load_dataset, make_split, sample_order, split_labels
 from normatch.errors import UserError
 

@@ -398,7 +398,7 @@ def test_a_loaded_model_is_the_averaged_one(tmp_path):
     predicted = model.predict(dataset.test_images)
     accuracy = 100 * (predicted.numpy() == dataset.test_labels).mean()
     assert accuracy == pytest.approx(result.test_accuracy)
-    x = normatch.augment.normalize(torch.from_numpy(dataset.test_images[:5]), model.mean, model.std)
+    x = normatch.augment.pillow.normalize(torch.from_numpy(dataset.test_images[:5]), model.mean, model.std)
     assert torch.equal(model.logits(x).argmax(1), predicted[:5])
     scores = normatch.evaluate(tmp_path / "run")
     assert scores["test_accuracy"] == pytest.approx(result.test_accuracy)
