@@ -13,9 +13,10 @@ import torch
 from conftest import DEVICE
 
 from normatch import ops, reference
-from normatch.augment import OPS, POLICIES, View
+from normatch.augment.dali import Views, missing
+from normatch.augment.draws import View
+from normatch.augment.policy import OPS, POLICIES
 from normatch.bench.views import views_of
-from normatch.dali import Views, missing
 from normatch.data import load_dataset
 
 KINDS = {

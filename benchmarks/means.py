@@ -11,10 +11,10 @@ import statistics
 from pathlib import Path
 
 import torch
-
-from normatch import make_config
 from normatch.flow_training import FlowState
 from normatch.state import TrainStep
+
+from normatch import make_config
 from normatch.tools.compare import BASELINES, features
 
 RESULTS = Path(__file__).parent / "results" / "means"

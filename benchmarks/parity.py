@@ -39,7 +39,8 @@ def image_sets(data_dir: str | None) -> dict[str, np.ndarray]:
 def measure(backend: str, device: str, data_dir: str | None) -> dict[str, str]:
     """operation -> what the table says of it."""
     from normatch import reference
-    from normatch.augment import OPS, POLICIES, View
+    from normatch.augment.draws import View
+    from normatch.augment.policy import OPS, POLICIES
     from normatch.bench.views import views_of
 
     cells = {}
@@ -76,7 +77,8 @@ def decoded(images: np.ndarray) -> list[str]:
     """A table of files of 32x32 and other sizes: DALI's decoder and resizing against Pillow's."""
     from PIL import Image
 
-    from normatch.augment import POLICIES, View
+    from normatch.augment.draws import View
+    from normatch.augment.policy import POLICIES
     from normatch.bench.views import views_of
     from normatch.data.folders import FileImages
 
@@ -101,7 +103,8 @@ def decoded(images: np.ndarray) -> list[str]:
 
 def equalized(images: np.ndarray) -> list[str]:
     """A table of the levels after Equalize of 50,000 draws, by Pillow and by DALI."""
-    from normatch.augment import POLICIES, View
+    from normatch.augment.draws import View
+    from normatch.augment.policy import POLICIES
     from normatch.bench.views import views_of
 
     policy = replace(POLICIES["kekmodel"], ops=("Equalize",), num_ops=1, probability=1.0, cutout_pixels=0)
@@ -127,7 +130,7 @@ def equalized(images: np.ndarray) -> list[str]:
 
 def columns(data_dir: str | None):
     from normatch import ops
-    from normatch.dali import missing
+    from normatch.augment.dali import missing
 
     kernels = ops.kernels()["augment_views"]
     if "cpu" in kernels:

@@ -1,6 +1,6 @@
 """A method of your own in one class: mean teacher (Tarvainen & Valpola 2017) without its teacher, the Pi-model.
 
-    python examples/own_method.py
+python examples/own_method.py
 """
 
 import torch

@@ -24,9 +24,9 @@ from ..config import Config, make_config
 from ..errors import UserError
 from ..flows import FlowHead
 from ..flows.head import FlowOutput
-from ..loader import make_batches
 from ..optim import decay_groups
 from ..state import TrainStep
+from ..training.loader import make_batches
 from .kernels import closed_head
 from .measure import machine, seconds
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from .. import ops, reference
-from ..augment import View, find_policy
-from ..dali import Views
+from ..augment.dali import Views
+from ..augment.draws import View
+from ..augment.policy import find_policy
 from ..data import Dataset, load_images, make_split
 from ..errors import UserError
-from ..loader import StepViews, choose_backend, make_batches
+from ..training.loader import StepViews, choose_backend, make_batches
 
 
 def augment_arguments(parser) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..augment import OPS, View, draw_parameters, find_policy
+from ..augment.draws import View, draw_parameters
+from ..augment.policy import OPS, find_policy
 from ..data import DATASETS, Dataset, load_images
 from ..data.folders import check, find_tables
 from ..errors import UserError
-from ..loader import BACKENDS, choose_backend
+from ..training.loader import BACKENDS, choose_backend
 
 _GAP = 6  # pixels
 

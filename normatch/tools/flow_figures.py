@@ -18,10 +18,10 @@ LABELED = {"marker": "^", "s": 70, "edgecolors": "black", "linewidths": 0.9, "zo
 def leave_figures(folder: Path, method, dataset, split) -> list[Path]:
     """Draws the figures that fit the data of a method with a density, in evaluation mode; returns their files.
 
-        plane.png     for points of the plane: data, latent points, samples, grids through the flow and its inverse,
-                      decision regions, density
-        latent.png    distances of the means, reliability diagram, log p(x) in and out of distribution
-        samples.png   for images: samples of each class, and lines between test images in latent space
+    plane.png     for points of the plane: data, latent points, samples, grids through the flow and its inverse,
+                  decision regions, density
+    latent.png    distances of the means, reliability diagram, log p(x) in and out of distribution
+    samples.png   for images: samples of each class, and lines between test images in latent space
     """
     model = method.density
     weight = next(model.parameters())

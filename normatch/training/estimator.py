@@ -9,11 +9,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from ..config import checked
-from ..data import Split, from_arrays, standardize
+from ..data import Split, from_arrays
 from ..methods.flowgmm import FlowGMM
 from .state import State
 from .step import TrainStep
-
 
 
 class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
