@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..reference import accumulation_dtype
 
 # ---- Pixels -------------------------------------------------------------------------------------------------------
 
@@ -369,4 +370,4 @@ def _over_channels(x, matrix, bias):
 
 
 def _zero(x):
-    return x.new_zeros((), dtype=ops.accumulation_dtype(x.dtype)).expand(len(x))
+    return x.new_zeros((), dtype=accumulation_dtype(x.dtype)).expand(len(x))
