@@ -62,6 +62,11 @@ class Optimizer:
                 self._update(group, [group["params"][i] for i in used], [part[i] for i in used], memory, rate)
 
     def _update(self, group, params, gradients, memory, rate):
+        # The fused kernels take gradients to be laid out as their parameters, which autograd does not promise.
+        gradients = [
+            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for p, g in zip(params, gradients, strict=True)
+        ]
         if group["clip"]:
             gradients = clipped(gradients, group["clip"])
         if group["keep_gradients"]:
