@@ -9,7 +9,7 @@ from .augment import OPS, View, draw_parameters, find_policy
 from .data import DATASETS, Dataset, load_images
 from .errors import UserError
 from .folders import check, is_tables
-from .loader import BACKENDS, choose_backend
+from .loader import BACKENDS, choose_backend, views_of
 
 _GAP = 6  # pixels
 
@@ -92,8 +92,6 @@ def contact_sheet(
 
     Under a strong view stand the operations that made it, with their values.
     """
-    from .bench.views import views_of  # any backend, by name
-
     if rows < 1 or weak < 0 or strong < 0:
         raise UserError("rows must be at least 1, weak and strong at least 0")
     total = len(dataset.train_images)

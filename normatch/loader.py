@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from . import ops
+from . import ops, reference
 from .augment import View, draw_parameters, find_policy, normalize, strong_views, weak_views
 from .data import LABELED, UNLABELED, Dataset, Split, sample_order
 from .errors import UserError
@@ -436,3 +436,18 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
         done.set()
         free.put((buffers[0], None))  # wakes the thread where it waits
         thread.join(timeout=10)
+
+
+def views_of(
+    images: np.ndarray, draws: np.ndarray, policy, seed: int, backend: str, flip: bool, device="cpu"
+) -> Tensor:
+    """images: (M, H, W, 3) uint8, draws: (N, 4) -> (N, 3, H, W) uint8 on the host, by any backend."""
+    if backend == "dali":
+        from .dali import Views
+
+        ((_, views),) = Views(images, policy, seed, len(draws), [draws], device, flip=flip)
+        return views.cpu().clone()
+    make = ops.augment_views if backend == "native" else reference.augment_views
+    device = torch.device(device if backend == "native" else "cpu")
+    images, draws = torch.from_numpy(images).to(device), torch.from_numpy(draws).to(device)
+    return make(images, draws, policy, seed, dtype=torch.uint8, flip=flip).cpu()
