@@ -8,7 +8,7 @@ step      a training step of RealNVP, forward and backward: the published formul
 memory    what a step keeps for the backward pass, by the number of couplings, with and without the reversible gradient
 
 Results are first checked against each other; times are medians of rounds in which every formulation runs once. Prints
-the tables, and writes each part to benchmarks/results/image-flow/PART.json. Sizes: --batch, --width, --blocks, --rounds.
+the tables and writes each part to benchmarks/results/image-flow/PART.json. Sizes: --batch, --width, --blocks.
 """
 
 import argparse

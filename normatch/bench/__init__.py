@@ -1,1 +1,1 @@
-"""What `normatch bench` measures. `measure` is the harness, `rivals` are the formulations that ours are compared with."""
+"""What `normatch bench` measures. `measure` is the harness, `rivals` the formulations that ours are compared with."""
