@@ -8,7 +8,6 @@ import torch
 from normatch.bench import step as bench
 from normatch.cli import make_parser
 
-
 COMMAND = "bench step --dataset digits --backbone wrn-10-1 --batch_size 2 --uratio 1"
 
 
