@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICE
+from normatch.augment.dali import missing
+from normatch.augment.policy import POLICIES
 
-from normatch.augment import POLICIES
 from normatch.bench.views import KINDS, check, maker
-from normatch.dali import missing
 from normatch.data import load_dataset
 
 
@@ -35,6 +35,6 @@ def test_augment_views(measure, dataset, kind, dtype, backend):
     check(dataset, policy, [backend], device)
     with ExitStack() as pools:
         call, views = maker(backend, dataset, policy, kind, torch.get_num_threads(), device, pools, dtype)
-        moved = views * dataset.train_images[0].size * (1 + dtype.itemsize)
+        moved = views * dataset.train_x[0].size * (1 + dtype.itemsize)
         group = f"augment_views {kind} {str(dtype).removeprefix('torch.')}"
         measure(group, backend, call, moved, 0, views=views, policy="kekmodel", dataset=dataset.name)

@@ -69,7 +69,7 @@ def baselines(seed: int) -> list[dict]:
     """Logistic regression and label spreading on the pixels, with the labeled images of this seed."""
     dataset = load_dataset("digits")
     labeled = make_split(dataset, 40, seed).labeled
-    x, test = (images[..., 0].reshape(len(images), -1) / 255 for images in (dataset.train_images, dataset.test_images))
+    x, test = (images[..., 0].reshape(len(images), -1) / 255 for images in (dataset.train_x, dataset.test_x))
     y = dataset.train_labels
     hidden = np.full_like(y, -1)
     hidden[labeled] = y[labeled]

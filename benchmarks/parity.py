@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+from normatch.augment.dali import missing
+from normatch.augment.draws import View
+from normatch.augment.policy import OPS, POLICIES
 from PIL import Image
 
 from normatch import ops
-from normatch.augment import OPS, POLICIES, View
 from normatch.bench.measure import markdown
-from normatch.dali import missing
 from normatch.data import load_dataset
-from normatch.folders import FileImages
-from normatch.loader import views_of
+from normatch.data.folders import FileImages
+from normatch.tools.contact_sheet import views_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "augmentation.md"
@@ -35,9 +36,9 @@ DRAWS = 500
 
 def image_sets(data_dir: str | None) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    sets = {"digits": load_dataset("digits").train_images[:150]}
+    sets = {"digits": load_dataset("digits").train_x[:150]}
     if data_dir:
-        sets["CIFAR-10"] = load_dataset("cifar10", data_dir).train_images[:300]
+        sets["CIFAR-10"] = load_dataset("cifar10", data_dir).train_x[:300]
     for size in ((7, 5), (33, 31), (96, 84)):
         sets[f"noise {size[0]}x{size[1]}"] = rng.integers(0, 256, (20, *size, 3), dtype=np.uint8)
     return sets

@@ -22,8 +22,9 @@ from torch import nn
 from normatch import make_config, train
 from normatch.bench.measure import markdown, medians, side_by_side, write_json
 from normatch.bench.rivals import published_gaussians, published_layer
-from normatch.flow_training import FlowState
-from normatch.state import TrainStep
+from normatch.methods.flowgmm import FlowGMM
+from normatch.training.state import State
+from normatch.training.step import TrainStep
 
 RESULTS = Path(__file__).parent / "results" / "toys"
 TWINS = ("moons", "circles", "8gaussians", "pinwheel")  # also trained on the labeled points alone
@@ -43,8 +44,8 @@ def main():
         kept = RESULTS / "results.json"
         before = json.loads(kept.read_text()) if kept.exists() else []
         records = accuracies(options.sets, options.seeds)
-        records += [r for r in before if r["preset"].removesuffix("-labelled") not in options.sets]
-        records.sort(key=lambda r: SETS.index(r["preset"].removesuffix("-labelled")))
+        records += [r for r in before if r["preset"].removesuffix("-labeled") not in options.sets]
+        records.sort(key=lambda r: SETS.index(r["preset"].removesuffix("-labeled")))
         write("results", records, make_table(records))
     rows = speed()
     write("speed", rows, speed_table(rows))
@@ -63,7 +64,7 @@ def accuracies(sets, seeds) -> list[dict]:
     RESULTS.mkdir(parents=True, exist_ok=True)
     kept, records = ("test_accuracy", "test_log_prob", "steps", "seconds_total", "seconds_per_step"), []
     for name in sets:
-        for preset in (name, f"{name}-labelled") if name in TWINS else (name,):
+        for preset in (name, f"{name}-labeled") if name in TWINS else (name,):
             for seed in seeds:
                 with tempfile.TemporaryDirectory() as folder:
                     out = Path(folder, "run")
@@ -84,10 +85,10 @@ def make_table(records) -> str:
         return f"{statistics.mean(seeds):.1f} ({each})" if seeds else "-"
 
     rows = []
-    for name in dict.fromkeys(record["preset"].removesuffix("-labelled") for record in records):
+    for name in dict.fromkeys(record["preset"].removesuffix("-labeled") for record in records):
         published = " / ".join("-" if v is None else f"{v:.1f}" for v in PUBLISHED.get(name, (None, None)))
         asked = f">= {ASKED[name]}" if name in ASKED else "-"
-        rows.append((name, cell(name), cell(f"{name}-labelled"), asked, published))
+        rows.append((name, cell(name), cell(f"{name}-labeled"), asked, published))
     header = ("toy", "accuracy over all 1,000 points, %", "labeled points only, %", "goal",
               "published code, one seed")  # fmt: skip
     return markdown(header, rows)
@@ -146,8 +147,8 @@ class OurStep:
     """The trainer's step: objective, gradient, optimizer, average."""
 
     def __init__(self, config):
-        self.state = FlowState(config, torch.device("cpu"))
-        self.model = self.state.objective.model
+        self.state = State(config, FlowGMM, torch.device("cpu"))
+        self.density = self.state.method.density
         self.step = TrainStep(self.state)
 
     def __call__(self, x, y):
@@ -169,7 +170,7 @@ def speed(rounds: int = 7, steps: int = 60) -> list[dict]:
         ("published formulation", 128): PublishedStep(128, means),
         ("normatch", 128): OurStep(config),  # as in the preset
     }
-    check_same_loss(rivals["published formulation", 128], rivals["normatch", 128].model, x, y)
+    check_same_loss(rivals["published formulation", 128], rivals["normatch", 128].density, x, y)
     calls = {name: lambda step=step: step(x, y) for name, step in rivals.items()}
     times = side_by_side(calls, "cpu", rounds, repeat=steps)
     return [
@@ -197,14 +198,14 @@ def speed_table(rows) -> str:
 
 
 @torch.no_grad()
-def check_same_loss(published: PublishedStep, model, x, y):
+def check_same_loss(published: PublishedStep, density, x, y):
     """Compares log-likelihoods with the published weights: there is no point in timing different computations."""
     state = {}
     for j, layer in enumerate(published.layers):
         state |= {f"body.{j}.st_net.{name}": value for name, value in layer.net.state_dict().items()}
         state |= {f"body.{j}.rescale.weight_g": layer.weight_g, f"body.{j}.rescale.weight_v": layer.weight_v}
-    model.flow.load_published(state)
-    difference = (published.log_prob(x, y) - model.log_prob(x, y)).abs().max().item()
+    density.flow.load_published(state)
+    difference = (published.log_prob(x, y) - density.log_prob(x, y)).abs().max().item()
     if not math.isfinite(difference) or difference > 1e-4:
         raise SystemExit(f"the two formulations differ by {difference}: nothing is timed")
 

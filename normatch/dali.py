@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .augment import GEOMETRIC, OPS, View, draw_parameters
+from .data.folders import FileImages
 from .errors import UserError
-from .folders import FileImages
 
 INSTALL = f"pip install nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
 
@@ -35,7 +35,7 @@ def dali_batches(views, start: int, stop: int, device: torch.device, dtype: torc
     b = views.batch_size // views.ranks
     u = b * views.uratio
     draws = (views.draws(step) for step in range(start, stop))
-    made = Views(dataset.train_images, views.policy, views.seed, b + 2 * u, draws, device, dataset.mean, dataset.std,
+    made = Views(dataset.train_x, views.policy, views.seed, b + 2 * u, draws, device, dataset.mean, dataset.std,
                  dataset.flip)  # fmt: skip
     for rows, images in made:
         index = torch.from_numpy(rows).to(device, non_blocking=True)

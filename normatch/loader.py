@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from . import ops, reference
-from .augment import View, draw_parameters, find_policy, normalize, strong_views, weak_views
-from .data import LABELED, UNLABELED, Dataset, Split, sample_order
+from . import ops
+from .augment import View, draw_parameters, find_policy, strong_views, weak_views
+from .data import LABELED, UNLABELED, Dataset, Split, sample_order, standardize
 from .errors import UserError
-from .tables import Table
 
 BACKENDS = ("auto", "native", "dali", "pil")
 
@@ -40,7 +39,7 @@ class StepDraws:
 
     def __init__(
         self,
-        dataset: Dataset | Table,
+        dataset: Dataset,
         split: Split,
         seed: int,
         batch_size: int,
@@ -53,7 +52,7 @@ class StepDraws:
         if batch_size % ranks:
             raise UserError(f"batch_size {batch_size} is not divisible by the {ranks} processes that share it")
         total, pool = len(dataset.train_labels), len(split.unlabeled)
-        rows = "images" if isinstance(dataset, Dataset) else "rows"
+        rows = "rows" if dataset.is_table else "images"
         if batch_size > total:
             raise UserError(f"batch_size {batch_size} is larger than {dataset.name} with its {total} training {rows}")
         if uratio * batch_size > pool:
@@ -122,7 +121,7 @@ class StepViews(StepDraws, torch.utils.data.Dataset):
         return np.concatenate(parts, axis=1)
 
     def _views(self, index, visit, view: View):
-        images = self.dataset.train_images[index]
+        images = self.dataset.train_x[index]
         _, height, width, _ = images.shape
         strong = view == View.UNLABELED_STRONG
         parameters = draw_parameters(
@@ -234,7 +233,7 @@ def make_batches(
         from .dali import dali_batches
 
         return Batches(dali_batches(views, start, stop, device, dtype), name, reason)
-    images = views.dataset.train_images
+    images = views.dataset.train_x
     in_memory = isinstance(images, np.ndarray)
     if resident is None:
         resident = in_memory and (device.type == "cpu" or _fits(images.nbytes, device))
@@ -260,7 +259,7 @@ def _by_pillow(views, start, stop, device, dtype, workers):
         images = torch.cat([batch[key] for key in ("x", "u_weak", "u_strong") if key in batch])
         none = batch["y"][:0]
         yield {
-            "images": normalize(images, mean, std, dtype),
+            "images": standardize(images, mean, std, dtype),
             "y": batch["y"],
             "u_y": batch.get("u_y", none),
             "u_index": batch.get("u_index", none),
@@ -300,7 +299,7 @@ _AHEAD = 64  # steps whose counters are drawn, and brought to the device, at onc
 def _resident(views: StepViews, start: int, stop: int, device: torch.device, dtype: torch.dtype):
     """All images in the device's memory, once. A step is one op, and every 64th a copy of 2 MB of counters."""
     dataset = views.dataset
-    images = _shared(dataset.train_images).to(device)
+    images = _shared(dataset.train_x).to(device)
     labels = torch.from_numpy(dataset.train_labels).to(device)
     b = views.batch_size // views.ranks
     u = b * views.uratio
@@ -372,7 +371,7 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
     b = views.batch_size // views.ranks
     u = b * views.uratio
     cuda = device.type == "cuda"
-    source = dataset.train_images
+    source = dataset.train_x
     if isinstance(source, np.ndarray):
         source = _shared(source)
     shape = (b + u, *source.shape[1:])
@@ -436,18 +435,3 @@ def _streamed(views: StepViews, start: int, stop: int, device: torch.device, dty
         done.set()
         free.put((buffers[0], None))  # wakes the thread where it waits
         thread.join(timeout=10)
-
-
-def views_of(
-    images: np.ndarray, draws: np.ndarray, policy, seed: int, backend: str, flip: bool, device="cpu"
-) -> Tensor:
-    """images: (M, H, W, 3) uint8, draws: (N, 4) -> (N, 3, H, W) uint8 on the host, by any backend."""
-    if backend == "dali":
-        from .dali import Views
-
-        ((_, views),) = Views(images, policy, seed, len(draws), [draws], device, flip=flip)
-        return views.cpu().clone()
-    make = ops.augment_views if backend == "native" else reference.augment_views
-    device = torch.device(device if backend == "native" else "cpu")
-    images, draws = torch.from_numpy(images).to(device), torch.from_numpy(draws).to(device)
-    return make(images, draws, policy, seed, dtype=torch.uint8, flip=flip).cpu()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from normatch.augment import Policy, View, draw_parameters, normalize, strong_views, weak_views
+from normatch.augment import Policy, View, draw_parameters, strong_views, weak_views
+from normatch.data.base import standardize
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -225,4 +226,4 @@ def augment_views(
                 else weak_views(picked[which], p, policy.padding)
             )
     views = torch.from_numpy(views).to(images.device)
-    return views.permute(0, 3, 1, 2) if dtype == torch.uint8 else normalize(views, mean, std, dtype)
+    return views.permute(0, 3, 1, 2) if dtype == torch.uint8 else standardize(views, mean, std, dtype)

@@ -17,13 +17,13 @@ from normatch.augment import (
     cutout_box,
     draw_parameters,
     find_policy,
-    normalize,
     op_values,
     philox,
     random_words,
     strong_views,
     weak_views,
 )
+from normatch.data import standardize
 from normatch.errors import UserError
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
@@ -179,7 +179,7 @@ def test_normalize_matches_the_recorded_arrays(golden):
     images = torch.from_numpy(data["in/image"])[None]
     for name, (mean, std) in constants.items():
         want = torch.from_numpy(data[f"out/normalize/{name}"])
-        torch.testing.assert_close(normalize(images, mean, std)[0], want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(standardize(images, mean, std)[0], want, rtol=0, atol=2e-6)
 
 
 # ---- Operations beyond the recorded ones
@@ -453,8 +453,8 @@ def test_normalize_is_channels_last_in_any_dtype():
         3, 1, 1
     )
     for dtype in (torch.float32, torch.bfloat16):
-        out = normalize(images, mean, std, dtype)
+        out = standardize(images, mean, std, dtype)
         assert out.shape == (5, 3, 7, 9) and out.dtype == dtype
         assert out.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(out, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(normalize(images, torch.tensor(mean), torch.tensor(std)), normalize(images, mean, std))
+    assert torch.equal(standardize(images, torch.tensor(mean), torch.tensor(std)), standardize(images, mean, std))

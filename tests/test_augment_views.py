@@ -31,9 +31,9 @@ STRONG, WEAK = int(View.UNLABELED_STRONG), int(View.UNLABELED_WEAK)
 @pytest.fixture(scope="module")
 def real():
     """(500, 32, 32, 3): digits, and CIFAR-10's photographs where they are at hand."""
-    images = [load_dataset("digits").train_images[:200]]
+    images = [load_dataset("digits").train_x[:200]]
     if CIFAR10:
-        images.append(load_dataset("cifar10", CIFAR10).train_images[:300])
+        images.append(load_dataset("cifar10", CIFAR10).train_x[:300])
     return torch.from_numpy(np.concatenate(images))
 
 

@@ -12,20 +12,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import distributed
-from ..classifier import ClassifierState
-from ..config import Config, make_config
+from ..config import Config, make_config, method_class
 from ..errors import UserError
-from ..flows import FlowHead
-from ..flows.head import FlowOutput
-from ..loader import Batches
-from ..optim import decay_groups
-from ..state import TrainStep
+from ..flows import FlowHead, FlowOutput
+from ..methods import distributed
+from ..methods.classifier import decay_groups
+from ..training.loader import Batches
+from ..training.optim import Optimizer
+from ..training.state import State
+from ..training.step import TrainStep
 from .measure import Laps, machine, medians, side_by_side, write_json
 from .rivals import closed_head, published_layer, published_mask, published_mixture
 
@@ -110,7 +111,7 @@ class Setup:
 
     config: Config
     classifier: nn.Module
-    flows: nn.ModuleList
+    flows: nn.ModuleList | tuple
     averaged: nn.Module
     bf16: bool
     batches: Callable[[], Batches]
@@ -118,10 +119,10 @@ class Setup:
     first: int
 
 
-def make_state(config: Config, device: torch.device, first: int = 0) -> ClassifierState:
+def make_state(config: Config, device: torch.device, first: int = 0) -> State:
     torch.manual_seed(config.seed)
-    state = ClassifierState(config, device)
-    state.objective.train()
+    state = State(config, method_class(config.method), device)
+    state.method.train()
     state.step = first
     state.clock.fill_(first)
     return state
@@ -130,27 +131,27 @@ def make_state(config: Config, device: torch.device, first: int = 0) -> Classifi
 def set_up(config: Config, device: torch.device, closed=False, mode: str | None = None, first: int = 0) -> Setup:
     """closed: whether flow heads are in plain PyTorch.   mode: of torch.compile."""
     state = make_state(config, device, first)
-    if closed:
-        for i, head in enumerate(state.flows):
-            state.flows[i] = ClosedHead(head)
+    method, flows = state.method, getattr(state.method, "flows", ())
+    for i, head in enumerate(flows if closed else ()):
+        flows[i] = ClosedHead(head)
     update = TrainStep(state, mode)
 
     def step(batch):
         state.begin_step()
         metrics = update([batch])
         state.meter.add(metrics)
-        return metrics[0, 0]
+        return metrics["loss"][0]
 
-    classifier, averaged = state.objective.classifier, state.ema.module.classifier
-    return Setup(config, classifier, state.flows, averaged, state.bf16, lambda: state.batches(0), step, first)
+    averaged = state.average.module.classifier
+    return Setup(config, method.classifier, flows, averaged, method.bf16, lambda: state.batches(0), step, first)
 
 
 def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, float]:
     """part -> its median seconds in our eager step, with a synchronization after each part."""
     state, laps = make_state(config, device), Laps(device.type)
-    batches, objective = state.batches(0), state.objective
-    sgd, adamw = state.optimizers["optimizer"], state.optimizers.get("flow_optimizer")
-    flow_parameters = adamw.trained if adamw else []
+    method, batches, groups = state.method, state.batches(0), state.method.groups()
+    sgd = Optimizer([group for group in groups if group["optimizer"] == "sgd"])
+    adamw = Optimizer([group for group in groups if group["optimizer"] == "adamw"])
     try:
         for turn in range(rounds + 2):
             if turn == 2:  # after the warm-up
@@ -159,35 +160,35 @@ def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, fl
             laps.start()
             batch = next(batches)
             laps.end("data")
-            with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
-                features, logits = objective.classifier(batch["images"] if state.bf16 else batch["images"].float())
+            features, logits = method.classify(batch["images"])
             laps.end("backbone forward")
-            seen_x, seen_y = (value.detach().float().requires_grad_() for value in (features, logits))
-            if adamw:
+            seen_x, seen_y = (value.detach().requires_grad_() for value in (features, logits))
+            if adamw.trained:
                 laps.start()
-                outputs = [flow(seen_x[: len(batch["y"]) + len(batch["u_y"])].detach()) for flow in state.flows]
+                outputs = [flow(seen_x[: len(batch["y"]) + len(batch["u_y"])].detach()) for flow in method.flows]
                 loss = sum(out.class_log_prob.sum() + out.log_prob.sum() for out in outputs)
-                torch.autograd.grad(loss, flow_parameters)
+                torch.autograd.grad(loss, adamw.trained)
                 laps.end("flow head, both ways")
-            loss, metrics = objective.method(seen_x, seen_y, batch["y"], batch["u_y"], state.clock)
-            gradient, *of_flows = torch.autograd.grad(loss, [seen_y, *flow_parameters])
+            with mock.patch.object(method, "classify", lambda images, seen=(seen_x, seen_y): seen):
+                loss, metrics = method(batch, state.clock)
+            gradient, *of_flows = torch.autograd.grad(loss, [seen_y, *adamw.trained])
             laps.end("loss, both ways")
-            of_classifier = torch.autograd.grad(logits, sgd.trained, gradient.to(logits.dtype), allow_unused=True)
+            of_classifier = torch.autograd.grad(logits, sgd.trained, gradient, allow_unused=True)
             laps.end("backbone backward")
             sgd.step(of_classifier)
             laps.end("SGD")
-            if adamw:
+            if adamw.trained:
                 adamw.step(of_flows)
                 laps.end("AdamW of the flow")
-            state.ema.update(objective)
+            state.average.update()
             laps.end("average")
-            state.meter.add(torch.stack(list(metrics.values())))
+            state.meter.add(metrics)
             laps.end("metrics")
             state.step += 1
     finally:
         batches.close()
     parts = medians(laps.times)
-    if adamw:  # the method's forward and backward pass includes the head's
+    if adamw.trained:  # the method's forward and backward pass includes the head's
         parts["loss, both ways"] = max(0.0, parts["loss, both ways"] - parts["flow head, both ways"])
     return parts
 

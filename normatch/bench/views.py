@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from .. import ops, reference
-from ..augment import View, find_policy
-from ..dali import Views
+from ..augment.dali import Views
+from ..augment.draws import View
+from ..augment.policy import find_policy
 from ..data import Dataset, load_images, make_split
 from ..errors import UserError
-from ..loader import StepViews, choose_backend, make_batches, views_of
+from ..tools.contact_sheet import views_of
+from ..training.loader import StepViews, choose_backend, make_batches
 from .measure import aligned, medians, seconds, side_by_side, synchronize
 
 
@@ -112,7 +114,7 @@ def maker(backend, dataset: Dataset, policy, kind, cores: int, device, pools: Ex
     """-> a function that makes some views, and how many; `pools` ends the processes that it needs."""
     prepared = [make_draws(dataset, kind, i) for i in range(4)]
     if backend == "native":
-        images = torch.from_numpy(dataset.train_images).to(device)
+        images = torch.from_numpy(dataset.train_x).to(device)
         on_device = [torch.from_numpy(d).to(device) for d in prepared]
 
         def make():
@@ -122,7 +124,7 @@ def maker(backend, dataset: Dataset, policy, kind, cores: int, device, pools: Ex
         return make, BATCH * len(prepared)
     if backend == "dali":
         endless = (prepared[i % 4] for i in range(10**9))
-        views = Views(dataset.train_images, policy, 0, BATCH, endless, device, dataset.mean, dataset.std, dataset.flip,
+        views = Views(dataset.train_x, policy, 0, BATCH, endless, device, dataset.mean, dataset.std, dataset.flip,
                       num_threads=cores)  # fmt: skip
 
         def make():
@@ -147,7 +149,7 @@ class _Plain:
 
     def __call__(self, i: int) -> None:
         d = self.dataset
-        draws, images = torch.from_numpy(self.draws[i % len(self.draws)]), torch.from_numpy(d.train_images)
+        draws, images = torch.from_numpy(self.draws[i % len(self.draws)]), torch.from_numpy(d.train_x)
         reference.augment_views(images, draws, self.policy, 0, d.mean, d.std, self.dtype, d.flip)
 
     def keep(self) -> None:
@@ -166,9 +168,7 @@ def check(dataset: Dataset, policy, backends, device) -> None:
     without = replace(policy, ops=tuple(op for op in policy.ops if op != "Equalize") or policy.ops)
     for backend in backends:
         used = without if backend == "dali" else policy  # DALI has an Equalize of its own
-        want, got = (
-            views_of(dataset.train_images, fresh, used, 1, name, dataset.flip, device) for name in ("pil", backend)
-        )
+        want, got = (views_of(dataset.train_x, fresh, used, 1, name, dataset.flip, device) for name in ("pil", backend))
         limit = 0 if backend == "native" or device.type == "cpu" else 1e-3
         if (got != want).float().mean() > limit:
             raise UserError(f"{backend} does not make the views that Pillow makes: no point in timing it")
