@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICE
+
 from normatch.augment.dali import missing
 from normatch.augment.policy import POLICIES
-
 from normatch.bench.views import KINDS, check, maker
 from normatch.data import load_dataset
 

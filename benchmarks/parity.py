@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from normatch.augment.dali import missing
-from normatch.augment.draws import View
-from normatch.augment.policy import OPS, POLICIES
 from PIL import Image
 
 from normatch import ops
+from normatch.augment.dali import missing
+from normatch.augment.draws import View
+from normatch.augment.policy import OPS, POLICIES
 from normatch.bench.measure import markdown
 from normatch.data import load_dataset
 from normatch.data.folders import FileImages

@@ -200,7 +200,9 @@ def _preset_for(dataset: str, method: str | type | None) -> str:
     """The best preset for a data set and method: of both, of the data set and a similar method, or of similar data."""
     method = method or ("flowgmm" if dataset in TABLES else "normatch")
     flows = method in FLOWS or (isinstance(method, type) and dataset in TABLES)
-    of_dataset = {name: keys.get("method", "normatch") for name, keys in presets().items() if keys["dataset"] == dataset}
+    of_dataset = {
+        name: keys.get("method", "normatch") for name, keys in presets().items() if keys["dataset"] == dataset
+    }
     exact = [name for name, trained in of_dataset.items() if trained == method]
     similar = [name for name, trained in of_dataset.items() if (trained in FLOWS) == flows]
     if exact or similar:

@@ -1,9 +1,9 @@
 """The ops of `normatch.ops` in plain PyTorch: same names, same arguments, any device and float dtype.
 
-It is three things at once: the oracle the kernels are tested against (run it in float64), what `normatch.ops` falls
-back to where no kernel is built, and the rival in the benchmarks. So it is written as one would by hand: vectorised,
-differentiated by PyTorch, every log-determinant and log-likelihood accumulated and returned in float32 (float64 for
-float64 inputs).
+It serves three purposes: the oracle that the kernels are tested against (in float64), the fallback of `normatch.ops`
+where no kernel is built, and the baseline of the benchmarks. So it is what one would write by hand: vectorized,
+differentiated by autograd, with every log-determinant and log-likelihood accumulated and returned in float32 (float64
+for float64 inputs).
 """
 
 import math
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from normatch.augment import Policy, View, draw_parameters, strong_views, weak_views
+from normatch.augment.policy import Policy
 from normatch.data.base import standardize
+from normatch.data.philox import WORD, philox, split_key
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +67,7 @@ def coupling2d_inverse(
 
 
 def _couple2d(function: Callable, x, params, gain, changed, eps) -> tuple[Tensor, Tensor]:
-    """`function` of the changed part of x, its log-scale and its shift; the rest as it is."""
+    """Applies `function` to the changed part of x, its log-scale and its shift; the rest is copied."""
     dtype = accumulation_dtype(x.dtype)
     s_raw, t = params.chunk(2, 1)
     if gain is not None:
@@ -95,9 +96,9 @@ def logdet(log_scale: Tensor) -> Tensor:
 
 
 def log_softplus(rho: Tensor) -> Tensor:
-    """log(softplus(rho)) and its gradient for any rho: on the left softplus(rho) -> exp(rho), and its log -> rho."""
+    """rho: any shape -> log(softplus(rho)), with its gradient: for small rho softplus(rho) -> exp(rho)."""
     left = rho < -20
-    inside = torch.where(left, 0.0, rho)  # keeps the branch not taken, and its gradient, finite
+    inside = torch.where(left, 0.0, rho)  # keeps the unselected branch and its gradient finite
     return torch.where(left, rho - 0.5 * rho.exp(), torch.logaddexp(inside, torch.zeros_like(rho)).log())
 
 
@@ -125,7 +126,7 @@ def gmm_posterior(
     return class_log_prob, log_prob, label, (top - log_prob).exp()
 
 
-# A coupling's parameters: weight and bias of its network's three layers, and the gain.
+# Weight and bias of the three layers of a coupling's network, and the gain.
 CouplingParameters = Sequence[Tensor]
 
 
@@ -148,7 +149,7 @@ def flow_head(
 def compose_flow_head(
     coupling: Callable, mixture: Callable, x, couplings, means, rho, logits, eps=0.0, dropout=0.0, seed=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The flow head of library matrix products and these two functions, its parts."""
+    """x: (N, D) -> as `flow_head`, from library matrix products and the functions `coupling` and `mixture`."""
     dtype = accumulation_dtype(x.dtype)
     z = x.to(dtype)
     half = z.shape[1] // 2
@@ -168,36 +169,17 @@ def compose_flow_head(
 
 
 def dropout_mask(seed: Tensor, rows: int, hidden: int, coupling: int, dropout: float, dtype: torch.dtype) -> Tensor:
-    """seed: () int64 -> (rows, hidden): 1 / (1 - dropout) for units that are kept, 0 for the others.
+    """seed: () int64 -> (rows, hidden): 1 / (1 - dropout) for kept units, 0 for dropped ones.
 
     Unit u of a row is kept where word u % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the counter
     (u // 4, row, row >> 32, coupling) and the key `seed` is at least dropout * 2^32.
     """
     units = torch.arange((hidden + 3) // 4, device=seed.device)
     row = torch.arange(rows, device=seed.device)[:, None]
-    words = philox((units, row & _LOW_WORD, row >> 32, torch.full_like(units, coupling)), seed)
+    words = philox((units, row & WORD, row >> 32, torch.full_like(units, coupling)), split_key(seed))
     words = torch.stack(torch.broadcast_tensors(*words), 2).flatten(1)[:, :hidden]
     threshold = min(round(dropout * 2**32), 2**32 - 1)
     return (words >= threshold).to(dtype) * (1 / (1 - dropout) if dropout < 1 else 0.0)
-
-
-_LOW_WORD = 0xFFFFFFFF
-
-
-def philox(counter: Sequence[Tensor], key: Tensor) -> list[Tensor]:
-    """Philox4x32-10: a counter of four 32-bit words in int64 tensors, key: () int64 -> four words likewise."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key & _LOW_WORD, (key >> 32) & _LOW_WORD
-    for _ in range(10):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the bits of the unsigned products
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _LOW_WORD) ^ c1 ^ k0,
-            product1 & _LOW_WORD,
-            ((product0 >> 32) & _LOW_WORD) ^ c3 ^ k1,
-            product0 & _LOW_WORD,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW_WORD, (k1 + 0xBB67AE85) & _LOW_WORD
-    return [c0, c1, c2, c3]
 
 
 def augment_views(
@@ -211,19 +193,8 @@ def augment_views(
     flip: bool = True,
 ) -> Tensor:
     """images: (M, H, W, 3) uint8, draws: (N, 4) int64 -> (N, 3, H, W), channels-last: by Pillow, on the host."""
-    rows, samples, visits, kinds = draws.cpu().numpy().T
-    picked = images.cpu().numpy()[rows]
-    views = picked.copy()
-    strong = kinds == View.UNLABELED_STRONG
-    for which in (~strong, strong):
-        if which.any():
-            p = draw_parameters(
-                policy, seed, visits[which], samples[which], kinds[which], *images.shape[1:3], which is strong, flip
-            )
-            views[which] = (
-                strong_views(picked[which], p, policy)
-                if which is strong
-                else weak_views(picked[which], p, policy.padding)
-            )
+    from normatch.augment.pillow import make_views  # the ops do without Pillow
+
+    views = make_views(images.cpu().numpy(), draws.cpu().numpy(), policy, seed, flip)
     views = torch.from_numpy(views).to(images.device)
     return views.permute(0, 3, 1, 2) if dtype == torch.uint8 else standardize(views, mean, std, dtype)

@@ -7,23 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from normatch.augment import (
-    GEOMETRIC,
-    OPS,
-    POLICIES,
-    Parameters,
-    View,
-    apply_op,
-    cutout_box,
-    draw_parameters,
-    find_policy,
-    op_values,
-    philox,
-    random_words,
-    strong_views,
-    weak_views,
-)
+from normatch.augment.draws import Parameters, View, cutout_box, draw_parameters
+from normatch.augment.pillow import apply_op, strong_views, weak_views
+from normatch.augment.policy import GEOMETRIC, OPS, POLICIES, find_policy, op_values
 from normatch.data import standardize
+from normatch.data.philox import philox, random_words
 from normatch.errors import UserError
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
@@ -66,9 +54,10 @@ def kek_box(cx, cy):
     ],
 )
 def test_philox_gives_the_published_answers(counter, key, words):
-    counter, key, words = (np.array([int(w, 16) for w in s.split()], np.uint32) for s in (counter, key, words))
+    counter, key, words = ([int(w, 16) for w in s.split()] for s in (counter, key, words))
+    counter, words = (np.array(values, np.uint64)[:, None, None] for values in (counter, words))
     assert np.array_equal(philox(counter, key), words)
-    assert np.array_equal(philox(np.tile(counter, (5, 3, 1)), key), np.tile(words, (5, 3, 1)))
+    assert np.array_equal(philox(np.tile(counter, (1, 5, 3)), key), np.tile(words, (1, 5, 3)))
 
 
 def test_words_are_the_blocks_the_docstring_names():
@@ -76,7 +65,7 @@ def test_words_are_the_blocks_the_docstring_names():
     assert words.shape == (2, 10) and words.dtype == np.uint32
     for row, sample in enumerate((11, 12)):
         for w in range(10):
-            assert words[row, w] == philox(np.array([w // 4, 2, sample, 3]), (5, 7))[w % 4]
+            assert words[row, w] == philox(np.array([[w // 4], [2], [sample], [3]], np.uint64), (5, 7))[w % 4]
 
 
 def test_words_depend_on_every_part_of_the_counter_and_on_nothing_else():

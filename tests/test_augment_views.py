@@ -11,18 +11,11 @@ from PIL import Image
 from real_data import CIFAR10
 
 from normatch import ops, reference
-from normatch.augment import (
-    GEOMETRIC,
-    OPS,
-    POLICIES,
-    View,
-    apply_op,
-    draw_parameters,
-    encode_policy,
-    op_values,
-    random_words,
-)
+from normatch.augment.draws import View, draw_parameters
+from normatch.augment.pillow import apply_op
+from normatch.augment.policy import GEOMETRIC, OPS, POLICIES, encode_policy, op_values
 from normatch.data import load_dataset
+from normatch.data.philox import random_words
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
 STRONG, WEAK = int(View.UNLABELED_STRONG), int(View.UNLABELED_WEAK)

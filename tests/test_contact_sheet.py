@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from real_data import ROOT
 
-from normatch.augment import POLICIES, View, draw_parameters, strong_views, weak_views
+from normatch.augment.draws import View, draw_parameters
+from normatch.augment.pillow import strong_views, weak_views
+from normatch.augment.policy import POLICIES
 from normatch.data import load_dataset
 from normatch.errors import UserError
 from normatch.tools.contact_sheet import contact_sheet, data_arguments, data_command, describe

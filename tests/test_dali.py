@@ -11,12 +11,13 @@ from PIL import Image
 from real_data import CIFAR10, ROOT
 
 from normatch import reference
-from normatch.augment import OPS, POLICIES, View
-from normatch.dali import Views, missing
+from normatch.augment.dali import Views, missing
+from normatch.augment.draws import View
+from normatch.augment.policy import OPS, POLICIES
 from normatch.data import load_dataset, make_split, split_labels
 from normatch.data.folders import FileImages
 from normatch.errors import UserError
-from normatch.loader import StepViews, choose_backend, make_batches
+from normatch.training.loader import StepViews, choose_backend, make_batches
 
 needs_dali = pytest.mark.skipif(missing() is not None, reason="DALI is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -158,7 +159,7 @@ def test_without_dali_everything_else_works():
         "import sys; sys.modules['nvidia.dali'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'nvidia.dali' else find(name, *a)\n"
-        "from normatch.loader import choose_backend\n"
+        "from normatch.training.loader import choose_backend\n"
         "from normatch.errors import UserError\n"
         "print(choose_backend('auto', 'cpu')[0])\n"
         "try: choose_backend('dali', 'cpu')\n"

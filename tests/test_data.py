@@ -12,7 +12,6 @@ import pytest
 import torch
 from real_data import CIFAR10, MNIST
 
-from normatch.augment import random_words
 from normatch.data import (
     LABELED,
     UNLABELED,
@@ -25,6 +24,7 @@ from normatch.data import (
     split_labels,
     standardize,
 )
+from normatch.data.philox import random_words
 from normatch.errors import UserError
 
 

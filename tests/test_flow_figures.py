@@ -5,9 +5,9 @@ import re
 import numpy as np
 import torch
 from matplotlib.colors import to_hex
+from normatch.flow_training import FlowState
 
 from normatch.config import make_config
-from normatch.flow_training import FlowState
 from normatch.flows import FlowOutput
 from normatch.tools.flow_figures import latent_figure, plane_figure, reliability, samples_figure, temperature
 from normatch.tools.plot import COLORS

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normatch import FlowHead, ops, reference
-from normatch.augment import philox
+from normatch.data.philox import philox, split_key
 
 # rows, features, classes, hidden units, couplings
 SIZES = [
@@ -230,11 +230,11 @@ def test_a_row_does_not_depend_on_the_others(rows, device):
 
 
 def test_random_words_are_those_of_the_augmentation():
-    """One generator in three places: NumPy's for the views, PyTorch's here, and the kernels' (by the masks' test)."""
-    counter, key = np.arange(40).reshape(10, 4), 2**63 + 12345
-    expected = philox(counter, (key & 0xFFFFFFFF, key >> 32))
-    words = reference.philox(list(torch.from_numpy(counter).unbind(1)), torch.tensor(key - 2**64))
-    assert torch.equal(torch.stack(words, 1), torch.from_numpy(np.asarray(expected).astype(np.int64)))
+    """The same words from NumPy, for views, and from PyTorch, for masks, which the kernels' masks are compared with."""
+    counter, key = np.arange(40).reshape(4, 10), 2**63 + 12345
+    expected = philox(counter.astype(np.uint64), split_key(key))
+    words = philox(torch.from_numpy(counter), split_key(torch.tensor(key - 2**64)))
+    assert torch.equal(torch.stack(words), torch.from_numpy(np.stack(expected).astype(np.int64)))
 
 
 def test_dropout_drops_the_share_it_says():

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from normatch.flow_training import FlowState
+from normatch.optim import SCHEDULES, SWA
+from normatch.run import load_checkpoint
+from normatch.state import TrainStep
+from normatch.tables import Table, load_table
 from test_flows import published_state
 from test_step import NoReadBack
 from torch.nn import functional as F
@@ -17,12 +22,7 @@ from normatch.cli import main
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.flow_training import FlowState
 from normatch.flows.build import make_prior
-from normatch.optim import SCHEDULES, SWA
-from normatch.run import load_checkpoint
-from normatch.state import TrainStep
-from normatch.tables import Table, load_table
 from normatch.tools.verify import same
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def place(folder):
     return FlowState(tiny(folder), CPU).objective.model.prior.means.data
 
 
-def test_images_train_an_image_flow(tmp_path):
+def test_x_train_an_image_flow(tmp_path):
     keys = {"dataset": "digits", "num_labels": 20, "image_size": 8, "flow": "realnvp", "flow_width": 4, "lr": 1e-3}
     more = {"flow_blocks": 1, "batch_size": 4, "means_r": 0.3, "steps": 6, "eval_every": 6, "log_every": 3}
     result = normatch.train(tiny(tmp_path / "run", "flowgmm-mnist-100", **keys, **more))
@@ -282,7 +282,7 @@ def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
     assert abs(scores["test_accuracy"] - result.test_accuracy) < 1e-6
     model = normatch.load(result.out)
     data = normatch.data.load_dataset(model.config.dataset, image_size=model.image_size)
-    samples = data.test_x if preset == "moons" else data.test_images
+    samples = data.test_x if preset == "moons" else data.test_x
     probs = model.predict_proba(samples)
     assert probs.shape == (len(samples), len(data.classes)) and (probs.sum(1) - 1).abs().max() < 1e-5
     converted = normatch.tools.convert.convert(result.out, tmp_path / "model.safetensors")

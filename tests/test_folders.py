@@ -17,7 +17,7 @@ from normatch import evaluate, train
 from normatch.data import folders, load_dataset, make_split
 from normatch.data.folders import check, fit, read_image
 from normatch.errors import UserError
-from normatch.loader import StepViews, make_batches
+from normatch.training.loader import StepViews, make_batches
 
 RNG = np.random.default_rng(0)
 

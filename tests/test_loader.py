@@ -11,11 +11,14 @@ import pytest
 import torch
 from real_data import ROOT
 
-from normatch import loader, ops
-from normatch.augment import POLICIES, View, draw_parameters, strong_views, weak_views
+from normatch import ops
+from normatch.augment import native
+from normatch.augment.draws import View, draw_parameters
+from normatch.augment.pillow import StepImages, make_loader, strong_views, weak_views
+from normatch.augment.policy import POLICIES
 from normatch.data import LABELED, Dataset, load_dataset, split_labels, standardize
 from normatch.errors import UserError
-from normatch.loader import StepViews, choose_backend, make_batches, make_loader
+from normatch.training.loader import StepViews, choose_backend, make_batches
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,20 @@ def dataset():
     )
 
 
+class Steps(StepViews):
+    """step -> the uint8 views of its images by kind, and the labels and rows of its batch."""
+
+    def __getitem__(self, step):
+        views, _ = StepImages(self)[step]
+        sizes = [self.num_labeled, self.num_unlabeled, self.num_unlabeled]
+        (batch,) = make_batches(self, step, step + 1, "pil")
+        whole = dict(zip(("x", "u_weak", "u_strong"), views.split(sizes), strict=True)) | batch
+        return {key: value for key, value in whole.items() if key != "images" and len(value)}
+
+
 def views(dataset, num_labels=20, num_val=0, policy="kekmodel", seed=0, batch_size=8, uratio=3):
     split = split_labels(dataset.train_labels, num_labels, 10, seed=0, num_val=num_val)
-    return StepViews(dataset, split, policy, seed, batch_size, uratio)
+    return Steps(dataset, split, policy, seed, batch_size, uratio)
 
 
 def assert_same(got, want):
@@ -78,15 +92,16 @@ def test_workers_make_no_difference(dataset, workers, policy):
     steps = views(dataset, policy=policy)
     batches = list(make_loader(steps, 3, 9, num_workers=workers))
     assert len(batches) == 6
-    for step, batch in zip(range(3, 9), batches, strict=True):
-        assert_same(batch, steps[step])
+    for step, (images, rows) in zip(range(3, 9), batches, strict=True):
+        want, of_images = StepImages(steps)[step]
+        assert torch.equal(images, want) and torch.equal(rows, of_images)
 
 
 def test_starting_late_gives_the_batches_of_running_through(dataset):
     through = list(make_loader(views(dataset), 0, 12))
     resumed = list(make_loader(views(dataset), 7, 12))
-    for got, want in zip(resumed, through[7:], strict=True):
-        assert_same(got, want)
+    for (images, rows), (want, of_images) in zip(resumed, through[7:], strict=True):
+        assert torch.equal(images, want) and torch.equal(rows, of_images)
 
 
 @pytest.mark.parametrize("uratio", [1, 3, 7])
@@ -148,7 +163,7 @@ def test_validation_images_are_never_shown(dataset):
 def test_digits_are_never_mirrored():
     digits = load_dataset("digits")
     split = split_labels(digits.train_labels, 1240, 10, seed=0)
-    steps = StepViews(digits, split, "kekmodel", 0, 64, 7)
+    steps = Steps(digits, split, "kekmodel", 0, 64, 7)
     batch = steps[0]
     # An unmirrored weak view keeps the image's inside; a shift by at most four pixels finds it again.
     for view, index in zip(batch["u_weak"].numpy(), batch["u_index"].tolist(), strict=True):
@@ -171,7 +186,7 @@ def test_a_batch_larger_than_the_labelled_set_is_fine(dataset):
             {"batch_size": 51, "uratio": 2},
             "uratio 2 x batch_size 51 is 102 .* pool of 100 .*: take a smaller",
         ),
-        ({"batch_size": 45, "uratio": 2, "num_val": 20}, "more than the pool of 80 unlabelled"),
+        ({"batch_size": 45, "uratio": 2, "num_val": 20}, "more than the pool of 80 unlabeled"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"uratio": -1}, "uratio -1"),
         ({"policy": "kekmodle"}, "unknown policy 'kekmodle'; did you mean 'kekmodel'"),
@@ -273,7 +288,7 @@ MEASURE = """
 import gc, os, sys
 import numpy as np
 from normatch.data import Dataset, split_labels
-from normatch.loader import StepViews, make_batches
+from normatch.training.loader import StepViews, make_batches
 
 def proportional(pid):  # MB, where a page that n processes share counts 1/n for each
     lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()
@@ -356,9 +371,9 @@ def test_an_error_in_the_thread_reaches_the_loop(dataset, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only, and so know the patched views")
 def test_a_worker_that_dies_is_one_line(dataset, monkeypatch):
-    steps, honest = views(dataset), StepViews.__getitem__
+    steps, honest = views(dataset), StepImages.__getitem__
     monkeypatch.setattr(
-        StepViews, "__getitem__", lambda self, step: honest(self, step) if step < 2 else os.kill(os.getpid(), 9)
+        StepImages, "__getitem__", lambda self, step: honest(self, step) if step < 2 else os.kill(os.getpid(), 9)
     )
     batches = make_batches(steps, 0, 8, "pil", num_workers=1)
     with pytest.raises(UserError, match=r"a process that makes the views has died.*: take fewer --num_workers"):
@@ -414,7 +429,7 @@ def test_the_next_batch_is_made_before_this_one_is_handed_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     made = (told.append(f"{n} made") or {"n": n} for n in range(2))
-    for batch in loader._beside(made, "device"):
+    for batch in native.beside(made, "device"):
         told.append(f"{batch['n']} used")
     turn = ["main waits for side", "side waits for main"]
     assert told == [turn[1], "0 made", *turn, "1 made", "0 used", *turn, "1 used"]

@@ -5,7 +5,7 @@ import torch
 
 from normatch.errors import UserError
 from normatch.flows import RealNVPTabular
-from normatch.methods.means import MEANS, place_means, simplex
+from normatch.methods.means import MEANS, place_means, regular_simplex
 
 
 def placed(rule, r=2.0, classes=3, features=6, shape=None):
@@ -39,7 +39,7 @@ def test_means_that_are_known_in_closed_form():
     channel = stripes.view(10, 3, 8).sum(2).argmax(1)
     assert channel.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]  # 3 + 3 + 4
     for classes, features in ((4, 3), (4, 9), (5, 2), (2, 2)):
-        points = simplex(classes, features)
+        points = regular_simplex(classes, features)
         distances = torch.cdist(points, points)
         assert abs(distances[distances > 1e-6].min() - 1) < 1e-5
         if features >= classes - 1:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from normatch.flow_training import FlowState
 from test_scnf import randomized
 from torch import nn
 
@@ -11,7 +12,6 @@ import normatch
 from normatch import UserError
 from normatch.config import make_config
 from normatch.data import load_dataset, make_split
-from normatch.flow_training import FlowState
 from normatch.flows import SCNF, ConditionalFlow, PointFlow
 from normatch.methods.scnf import SemiConditional
 
@@ -80,13 +80,13 @@ def test_mixture_trains(tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def test_images_train_as_they_are(tmp_path):
+def test_x_train_as_they_are(tmp_path):
     digits = load_dataset("digits")
     few = replace(
         digits,
-        train_images=digits.train_images[:100],
+        train_x=digits.train_x[:100],
         train_labels=digits.train_labels[:100],
-        test_images=digits.test_images[:20],
+        test_x=digits.test_x[:20],
         test_labels=digits.test_labels[:20],
     )
     keys = {"flow": "mnist-masked", "noise": 0.0, "flow_width": 4, "ssl_dim": 16, "ssl_k": 1, "ssl_l": 2}
@@ -94,7 +94,7 @@ def test_images_train_as_they_are(tmp_path):
     split = make_split(few, 20, seed=0)
     state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"), few, split)
     batch = next(iter(state.batches(0)))
-    pixels = torch.from_numpy(few.train_images[batch["u_index"].numpy(), :, :, 0]) / 255
+    pixels = torch.from_numpy(few.train_x[batch["u_index"].numpy(), :, :, 0]) / 255
     torch.testing.assert_close(batch["images"][10:, 0], pixels)
     loss, _ = state.objective.train()(batch, torch.tensor(0))
     state.begin_step()

@@ -8,6 +8,9 @@ import signal
 import pytest
 import torch
 import yaml
+from normatch.classifier import ClassifierState
+from normatch.run import Run, check_same_run, load_checkpoint, write_text
+from normatch.state import TrainStep
 from real_data import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -15,12 +18,9 @@ from torch import nn
 import normatch
 import normatch.tools.convert
 from normatch import distributed
-from normatch.classifier import ClassifierState
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.run import Run, check_same_run, load_checkpoint, write_text
-from normatch.state import TrainStep
 from normatch.tools.verify import same
 
 TINY = {

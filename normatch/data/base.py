@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..augment import MAX_SIDE
 from ..errors import UserError
+
+MAX_SIDE = 2048  # pixels; the limit of the op that augments
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..augment import random_words
 from ..errors import UserError
 from .base import Dataset
+from .philox import random_words
 
 
 @dataclass(frozen=True)

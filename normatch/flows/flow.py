@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .density import checked_samples, on_the_cpu
-from .layers import ActNorm, FactorOut, Squeeze, dequantize, rebuild
+from .layers import ActNorm, DoubleCoupling, FactorOut, Squeeze, dequantize, rebuild
 
 
 class Flow(nn.Module):
@@ -65,29 +65,45 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z: (N, D) -> x (N, *shape)."""
-        x, *pieces = self._split(checked_samples(z, "z", (self.features,), next(self.parameters(), None)))
-        for layer in reversed(self.layers):
-            x = layer.inverse(x, pieces.pop(0)) if isinstance(layer, FactorOut) else layer.inverse(x)
+        checked_samples(z, "z", (self.features,), next(self.parameters(), None))
+        x = invert_layers(self.layers, self._split(z))
         return (x * self.levels - 0.5) / (self.levels - 1) if self.levels else x
 
     def _run(self, x):
-        logdet, pieces = 0.0, []
-        for layer in self.layers:
-            if isinstance(layer, FactorOut):
-                x, piece = layer(x)
-                pieces.append(piece.flatten(1))
-            else:
-                x, term = layer(x)
-                logdet = logdet + term
-        return torch.cat([*pieces, x.flatten(1)], 1), logdet
+        pieces, logdet = run_layers(self.layers, x)
+        return torch.cat([piece.flatten(1) for piece in pieces], 1), logdet
 
     def _split(self, z):
-        """z: (N, D) -> its pieces (N, ...) in their shapes, in the order in which the inverse needs them."""
+        """z: (N, D) -> its pieces (N, ...) in their shapes."""
         pieces = z.split([math.prod(shape) for shape in self._pieces], 1)
-        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self._pieces, strict=True)][::-1]
+        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self._pieces, strict=True)]
 
     def extra_repr(self):
         return f"shape={self.shape}, levels={self.levels}, reversible={self.reversible}"
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, *e: Tensor) -> tuple[list[Tensor], Tensor]:
+    """x -> what the FactorOuts take out, in order, and the last layer's output; logdet. e: for the DoubleCouplings."""
+    logdet, pieces = 0.0, []
+    for layer in layers:
+        if isinstance(layer, FactorOut):
+            x, piece = layer(x)
+            pieces.append(piece)
+        else:
+            x, term = layer(x, *e) if isinstance(layer, DoubleCoupling) else layer(x)
+            logdet = logdet + term
+    return [*pieces, x], logdet
+
+
+def invert_layers(layers: nn.ModuleList, pieces: Sequence[Tensor], *e: Tensor) -> Tensor:
+    """The pieces of `run_layers` -> x."""
+    *pieces, x = pieces
+    for layer in reversed(layers):
+        if isinstance(layer, FactorOut):
+            x = layer.inverse(x, pieces.pop())
+        else:
+            x = layer.inverse(x, *e) if isinstance(layer, DoubleCoupling) else layer.inverse(x)
+    return x
 
 
 @torch.no_grad()
@@ -159,13 +175,13 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx, grad_z, grad_logdet):
         flow, (z,) = ctx.flow, ctx.saved_tensors
         gradients = {}
-        x, *pieces = flow._split(z)
-        grad, *grad_pieces = flow._split(grad_z)
+        *pieces, x = flow._split(z)
+        *grad_pieces, grad = flow._split(grad_z)
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(z.device.type, dtype, enabled), _statistics_kept(flow):
             for layer in reversed(flow.layers):
                 if isinstance(layer, FactorOut):
-                    x, grad = layer.inverse(x, pieces.pop(0)), layer.inverse(grad, grad_pieces.pop(0))
+                    x, grad = layer.inverse(x, pieces.pop()), layer.inverse(grad, grad_pieces.pop())
                     continue
                 x, leaves, again, logdet = rebuild(layer, x)
                 parameters = [p for p in layer.parameters() if p.requires_grad]

@@ -15,13 +15,7 @@ class Glow(ImageFlow):
     """
 
     def __init__(
-        self,
-        shape: Sequence[int] = (3, 32, 32),
-        scales: int = 2,
-        width: int = 64,
-        blocks: int = 8,
-        levels: int | None = 256,
-        reversible: bool = False,
+        self, shape: Sequence[int] = (3, 32, 32), scales: int = 2, width: int = 64, blocks: int = 8, **options
     ):
         layers, channels = [], shape[0]
         for scale in range(scales):
@@ -33,7 +27,7 @@ class Glow(ImageFlow):
             if not last:
                 layers.append(FactorOut(2 * channels))
             channels, width = 2 * channels, 2 * width
-        super().__init__(layers, shape, levels, reversible)
+        super().__init__(layers, shape, **options)
 
 
 class GlowMNIST(ImageFlow):
@@ -42,14 +36,7 @@ class GlowMNIST(ImageFlow):
     Steps of ActNorm, 1 x 1 convolution and a coupling as in `RealNVPMNIST`. Arguments as there.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        width: int = 64,
-        blocks: int = 4,
-        levels: int | None = 256,
-        reversible: bool = False,
-    ):
+    def __init__(self, shape: Sequence[int] = (1, 28, 28), width: int = 64, blocks: int = 4, **options):
         layers, channels = [], shape[0]
         for halves in (HALVES, HALVES[:2]):
             layers += coupling_steps(channels, width, blocks, CHECKERBOARD, conv=True, actnorm=True)
@@ -58,4 +45,4 @@ class GlowMNIST(ImageFlow):
             layers.append(FactorOut(2 * channels))
             channels = 2 * channels
         layers += coupling_steps(channels, width, blocks, CHECKERBOARD, conv=True, actnorm=True)
-        super().__init__(layers, shape, levels, reversible)
+        super().__init__(layers, shape, **options)

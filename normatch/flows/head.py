@@ -20,19 +20,12 @@ class Coupling(nn.Module):
 
     def __init__(self, features: int, hidden: int, dropout: float, swap: bool, layers: int = 1):
         super().__init__()
-        kept = features // 2
-        if swap:
-            kept = features - kept
+        kept = (features + swap) // 2  # half of an odd number is rounded down, and up with `swap`
         changed = features - kept
         self.kept, self.changed, self.swap = kept, changed, swap
         inner = [layer for _ in range(layers) for layer in (nn.Linear(hidden, hidden), nn.ReLU())]
-        self.net = nn.Sequential(
-            nn.Linear(kept, hidden),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            *inner,
-            nn.Linear(hidden, 2 * changed),
-        )
+        first = nn.Linear(kept, hidden), nn.ReLU(), nn.Dropout(dropout)
+        self.net = nn.Sequential(*first, *inner, nn.Linear(hidden, 2 * changed))
         self.gain = nn.Parameter(torch.ones(changed))
         bound = 1 / math.sqrt(features)  # as in the published layer, whose input is all D features
         nn.init.uniform_(self.net[0].weight, -bound, bound)
@@ -83,6 +76,15 @@ class Coupling(nn.Module):
         self.gain.copy_((state[f"{prefix}rescale.weight_g"] * state[f"{prefix}rescale.weight_v"].sign())[changed])
 
 
+def fused_head(flow: nn.Module, x: torch.Tensor, prior: list, eps: float = 0.0) -> tuple[torch.Tensor, ...]:
+    """x: (N, D) -> z, logdet, class_log_prob, log_prob by one op: the `couplings` of `flow`, then a mixture."""
+    seed = None
+    if flow.training and flow.dropout > 0:  # from torch's generator, drawn on the device without synchronizing
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+    couplings = [coupling.tensors() for coupling in flow.couplings]
+    return ops.flow_head(x, couplings, *prior, eps, dropout=flow.dropout, seed=seed)
+
+
 class FlowHead(MixtureDensity):
     """x: (N, D) fp32/bf16/fp16 -> FlowOutput(z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,)).
 
@@ -129,15 +131,7 @@ class FlowHead(MixtureDensity):
         checked_samples(x, "x", (self.features,))
         if x.dtype != self.means.dtype and torch.float64 in (x.dtype, self.means.dtype):
             x = x.to(self.means.dtype)
-        seed = None
-        if self.training and self.dropout > 0:  # from torch's generator, drawn on the device without synchronizing
-            seed = torch.randint(2**63 - 1, (), device=x.device)
-        couplings = [coupling.tensors() for coupling in self.couplings]
-        return FlowOutput(
-            *ops.flow_head(
-                x, couplings, self.means, self.rho, self.mixture_logits, self.eps, dropout=self.dropout, seed=seed
-            )
-        )
+        return FlowOutput(*fused_head(self, x, self.prior_parameters(), self.eps))
 
     def inverse(self, z: torch.Tensor) -> torch.Tensor:
         """z: (N, D) -> x (N, D) with `head(x).z == z`, in evaluation mode (dropout is not invertible)."""

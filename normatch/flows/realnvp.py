@@ -11,7 +11,7 @@ from .. import ops
 from ..errors import UserError
 from .density import GaussianMixture, checked_samples
 from .flow import Flow, load_weights
-from .head import Coupling
+from .head import Coupling, fused_head
 from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, ResidualBlock, Squeeze, zero_last
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
@@ -65,13 +65,7 @@ class RealNVPTabular(nn.Module):
         x = self._check(x, "x")
         if self.layers != 1 or ops.flow_head_path(self.features, self.hidden, x.device) != "fused":
             return None
-        seed = None
-        if self.training and self.dropout > 0:
-            seed = torch.randint(2**63 - 1, (), device=x.device)
-        couplings = [coupling.tensors() for coupling in self.couplings]
-        return ops.flow_head(
-            x, couplings, prior.means, prior.rho, prior.mixture_logits, dropout=self.dropout, seed=seed
-        )
+        return fused_head(self, x, [prior.means, prior.rho, prior.mixture_logits])
 
     def load_published(self, state: dict):
         """Take the weights of FlowGMM's tabular RealNVP: `body.J.st_net.*` and `body.J.rescale.*` of its state dict.
@@ -169,7 +163,7 @@ class ResidualNet(nn.Module):
 class ImageFlow(Flow):
     """A flow of images whose couplings have `ResidualNet`s."""
 
-    def __init__(self, layers, shape, levels, reversible):
+    def __init__(self, layers, shape: Sequence[int], levels: int | None = 256, reversible: bool = False):
         super().__init__([Logit(0.90), *layers], shape, levels, reversible=reversible)
 
     def load_published(self, state: dict):
@@ -247,7 +241,7 @@ class RealNVP(ImageFlow):
 
     shape: (C, H, W).   scales: number of scales.   width: of the networks at the first scale.   blocks: residual blocks
     per network.   conv: an invertible 1 x 1 convolution before each coupling.   actnorm: an ActNorm before that.
-    doubling: whether the width doubles with each squeeze.   levels, reversible: see `Flow`.
+    doubling: whether the width doubles with each squeeze.   options: levels, reversible, see `Flow`.
     """
 
     def __init__(
@@ -259,8 +253,7 @@ class RealNVP(ImageFlow):
         conv: bool = False,
         actnorm: bool = False,
         doubling: bool = True,
-        levels: int | None = 256,
-        reversible: bool = False,
+        **options,
     ):
         layers, channels = [], shape[0]
         for _ in range(scales - 1):
@@ -271,7 +264,7 @@ class RealNVP(ImageFlow):
             layers.append(FactorOut(2 * channels))
             channels = 2 * channels
         layers += coupling_steps(channels, width, blocks, (*CHECKERBOARD, "odd"), conv, actnorm)
-        super().__init__(layers, shape, levels, reversible)
+        super().__init__(layers, shape, **options)
 
 
 class RealNVPMNIST(RealNVP):

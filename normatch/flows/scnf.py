@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..reference import log_softplus
 from .density import FlowDensity, FlowOutput, checked_classes, draw_classes
-from .flow import Flow, load_weights
+from .flow import Flow, invert_layers, load_weights, run_layers
 from .layers import (
     ActNorm,
     ConditionalShift,
@@ -48,27 +48,20 @@ class ConditionalNet(nn.Sequential):
 
 def image_net(inputs: int, width: int, outputs: int, kind: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
     """(N, inputs, H, W) -> (N, outputs, H, W): SCNF's network of four residual blocks, initially constant 0."""
-
-    def conv(a, b):
-        return nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3)
-
-    def block():
-        return ResidualBlock(net=nn.Sequential(nn.ReLU(), *conv(width, width), nn.ReLU(), *conv(width, width)))
-
-    blocks = (block() for _ in range(4))
-    net = kind(*conv(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *conv(width, outputs))
-    return zero_last(net)
+    return _residual_net(lambda a, b: (nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3)), inputs, width, outputs, kind)
 
 
 def vector_net(inputs: int, width: int, outputs: int) -> ConditionalNet:
     """[x, e]: (..., inputs) -> (..., outputs): the same network for vectors, initially constant 0."""
+    return _residual_net(lambda a, b: (nn.Linear(a, b),), inputs, width, outputs, ConditionalNet)
 
-    def linear():
-        return nn.Linear(width, width)
 
-    blocks = (ResidualBlock(net=nn.Sequential(nn.ReLU(), linear(), nn.ReLU(), linear())) for _ in range(4))
-    net = ConditionalNet(nn.Linear(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), nn.Linear(width, outputs))
-    return zero_last(net)
+def _residual_net(layer, inputs, width, outputs, kind):
+    def block():
+        return ResidualBlock(net=nn.Sequential(nn.ReLU(), *layer(width, width), nn.ReLU(), *layer(width, width)))
+
+    blocks = (block() for _ in range(4))
+    return zero_last(kind(*layer(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *layer(width, outputs)))
 
 
 # ---- Flows --------------------------------------------------------------------------------------------------------
@@ -82,17 +75,11 @@ class MaskedGlow(Flow):
     and two steps. For MNIST z has 392 + 196 dimensions factored out and 196 deep ones.
 
     shape: (C, H, W), sides divisible by 4, at least 8.   width: of the networks.   conv, factors: form and number of
-    reflections of the 1 x 1 convolutions (see `InvertibleConv`).   levels, reversible: see `Flow`.
+    reflections of the 1 x 1 convolutions (see `InvertibleConv`).   options: levels (256), reversible, see `Flow`.
     """
 
     def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        width: int = 64,
-        conv: str = "full",
-        factors: int = 2,
-        levels: int | None = 256,
-        reversible: bool = False,
+        self, shape: Sequence[int] = (1, 28, 28), width: int = 64, conv: str = "full", factors: int = 2, **options
     ):
         def masked(channels):
             for changed in ("even", "odd", "even"):
@@ -116,7 +103,7 @@ class MaskedGlow(Flow):
             layers += [*masked(channels), Squeeze("space"), *halves(4 * channels), FactorOut(out, first=True)]
             channels = 4 * channels - out
         layers += [*masked(channels), *halves(channels)]
-        super().__init__(layers, shape, levels, reversible=reversible)
+        super().__init__(layers, shape, options.pop("levels", 256), **options)
 
 
 class PointFlow(Flow):
@@ -175,25 +162,12 @@ class ConditionalFlow(nn.Module):
         self._pieces = [*pieces, features]
 
     def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        logdet, pieces = 0.0, []
-        for layer in self.layers:
-            if isinstance(layer, FactorOut):
-                x, piece = layer(x)
-                pieces.append(piece)
-            else:
-                x, term = layer(x, e) if isinstance(layer, DoubleCoupling) else layer(x)
-                logdet = logdet + term
-        return torch.cat([*pieces, x], -1), logdet
+        pieces, logdet = run_layers(self.layers, x, e)
+        return torch.cat(pieces, -1), logdet
 
     def inverse(self, z: Tensor, e: Tensor) -> Tensor:
         """z: (..., D), e: (..., E) -> x (..., D)."""
-        *pieces, x = z.split(self._pieces, -1)
-        for layer in reversed(self.layers):
-            if isinstance(layer, FactorOut):
-                x = layer.inverse(x, pieces.pop())
-            else:
-                x = layer.inverse(x, e) if isinstance(layer, DoubleCoupling) else layer.inverse(x)
-        return x
+        return invert_layers(self.layers, z.split(self._pieces, -1), e)
 
 
 def _half_to_even(channels):

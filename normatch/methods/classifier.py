@@ -48,9 +48,7 @@ class ImageClassifier(Method):
     @staticmethod
     def prepare(dataset, config):
         if dataset.is_table:
-            raise UserError(
-                f"{dataset.name} is a table: the methods that train on tables are flows, --method flowgmm"
-            )
+            raise UserError(f"{dataset.name} is a table: the methods that train on tables are flows, --method flowgmm")
         if config.compat == "reference" and dataset.name.startswith("svhn"):
             return replace(dataset, flip=True)  # the paper does not mirror digits
         return dataset

@@ -20,7 +20,9 @@ from .terms import average, ramp, two_views
 class FlowGMMKeys(DensityKeys):
     """FlowGMM's settings."""
 
-    means: Literal[MEANS] = key("random", "where the classes' Gaussians stand; docs/flowgmm.md explains each rule")
+    means: Literal[tuple(MEANS)] = key(
+        "random", "where the classes' Gaussians stand; docs/flowgmm.md explains each rule"
+    )
     means_r: FiniteFloat = key(1.0, "scale of the means")
     sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(1.0, "width of the Gaussians")
     means_trainable: bool = key(False, "train the means")

@@ -37,14 +37,6 @@ class Placement(NamedTuple):
     shape: tuple[int, ...] | None
     generator: torch.Generator | None
 
-    def filled(self, value: Tensor) -> Tensor:
-        """value: (K,) -> (K, D), the same in every coordinate."""
-        return value[:, None].repeat(1, self.features)
-
-    def index(self) -> Tensor:
-        """-> (K,) the classes 0..K-1 as floats."""
-        return torch.arange(self.classes, dtype=torch.float32)
-
 
 def random(p: Placement) -> Tensor:
     """N(0, I): nearly orthogonal in many dimensions."""
@@ -55,16 +47,20 @@ def circle(p: Placement) -> Tensor:
     """In the first two coordinates, at equal angles, radius r."""
     means = torch.zeros(p.classes, p.features)
     if p.classes > 1:
-        angle = 2 * torch.pi * p.index() / p.classes
+        angle = 2 * torch.pi * torch.arange(p.classes) / p.classes
         means[:, 0], means[:, 1] = p.r * angle.cos(), p.r * angle.sin()
     return means
 
 
 def diagonal(p: Placement) -> Tensor:
     """On the line through all corners, from (-r, ...) to (r, ...)."""
-    if p.classes == 1:
-        return torch.zeros(1, p.features)
-    return p.filled(p.r * (2 * p.index() / (p.classes - 1) - 1))
+    corner = torch.zeros(1) if p.classes == 1 else 2 * torch.arange(p.classes) / (p.classes - 1) - 1
+    return (p.r * corner)[:, None].repeat(1, p.features)
+
+
+def simplex(p: Placement) -> Tensor:
+    """At pairwise distance r; on a circle where D < K - 1."""
+    return p.r * regular_simplex(p.classes, p.features)
 
 
 def antipodal(p: Placement) -> Tensor:
@@ -78,7 +74,7 @@ def antipodal(p: Placement) -> Tensor:
 
 def pixel_const(p: Placement) -> Tensor:
     """k - (K - 2) / 2 in every coordinate."""
-    return p.filled(p.r * (p.index() - (p.classes - 2) / 2))
+    return (p.r * (torch.arange(p.classes) - (p.classes - 2) / 2))[:, None].repeat(1, p.features)
 
 
 def split_dims(p: Placement) -> Tensor:
@@ -140,23 +136,15 @@ def spread(p: Placement) -> Tensor:
 
 
 MEANS = {
-    "random": random,
-    "circle": circle,
-    "diagonal": diagonal,
-    "simplex": lambda p: p.r * simplex(p.classes, p.features),
-    "antipodal": antipodal,
-    "pixel_const": pixel_const,
-    "split_dims": split_dims,
-    "split_dims_v2": split_dims_v2,
-    "from_data": from_data,
-    "from_latent": from_latent,
-    "from_z": from_z,
-    "random_data": random_data,
-    "spread": spread,
-}
+    rule.__name__: rule
+    for rule in (
+        random, circle, diagonal, simplex, antipodal, pixel_const, split_dims, split_dims_v2,
+        from_data, from_latent, from_z, random_data, spread,
+    )
+}  # fmt: skip
 
 
-def simplex(classes: int, features: int) -> Tensor:
+def regular_simplex(classes: int, features: int) -> Tensor:
     """-> (K, D) points of pairwise distance 1 around the origin; where D < K - 1, on a circle, neighbors 1 apart."""
     points = torch.zeros(classes, features)
     if features >= classes - 1:

@@ -6,7 +6,8 @@ from .. import __version__
 from ..config import checked
 from ..data.vision import NORMALIZATION
 from ..errors import UserError
-from ..flows import FlowHead
+from ..flows import SCNF, FlowHead
+from ..flows.flow import load_weights
 
 # layout -> the averaged and the trained network, in the order in which they are looked for
 NETWORKS = {
@@ -206,3 +207,14 @@ def _classifier(network: dict, head: str) -> dict:
 
 def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def load_flow(density, content: dict):
+    """Give a density the weights of FlowGMM's or SCNF's published checkpoint. Raises `UserError` where they do not fit."""
+    if isinstance(density, SCNF):
+        density.load_published(content)
+        return
+    net = content.get("net", content)
+    density.flow.load_published({name.removeprefix("module."): value for name, value in net.items()})
+    if "means" in content:
+        load_weights(density.prior, {**density.prior.state_dict(), "means": content["means"].detach()}, "prior")

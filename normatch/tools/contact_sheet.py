@@ -7,11 +7,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import ops, reference
-from ..augment import OPS, View, draw_parameters, find_policy
+from ..augment.draws import View, draw_parameters
+from ..augment.policy import OPS, find_policy
 from ..data import DATASETS, Dataset, load_images
 from ..data.folders import check, find_tables
 from ..errors import UserError
-from ..loader import BACKENDS, choose_backend
+from ..training.loader import BACKENDS, choose_backend
 
 _GAP = 6  # pixels
 

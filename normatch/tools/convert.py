@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .. import published
 from ..errors import UserError
-from ..evaluation import build_model, used_weights
+from ..model import build_model
+from ..published import checkpoints
 
 
 def convert(source: str | Path, target: str | Path, dataset: str | None = None) -> Path:
@@ -22,10 +22,10 @@ def convert(source: str | Path, target: str | Path, dataset: str | None = None) 
         raise UserError(f"the name of {target} must end in .pt or .safetensors, which says what is written")
     if target.exists():
         raise UserError(f"{target} exists: delete it first, or give another name")
-    state = published.read(source, dataset)
+    state = checkpoints.read(source, dataset)
     build_model(state, source)  # a model that cannot be built is not written
-    weights = used_weights(state)
-    facts = {name: state[name] for name in published.FACTS if name in state}
+    weights = state["ema"]
+    facts = {name: state[name] for name in checkpoints.FACTS if name in state}
     state = {**facts, "model": weights, "ema": weights, "split": None}  # no split: training refuses to resume from it
     # The file gets its name once it is complete.
     unfinished = target.with_name(f".{target.name}.new")
@@ -34,7 +34,7 @@ def convert(source: str | Path, target: str | Path, dataset: str | None = None) 
         if target.suffix == ".pt":
             torch.save(state, unfinished)
         else:
-            published.write_safetensors(state, unfinished)
+            checkpoints.write_safetensors(state, unfinished)
         os.replace(unfinished, target)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise UserError(f"{target} could not be written: {error}") from None

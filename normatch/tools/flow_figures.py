@@ -7,35 +7,56 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..flows import FlowDensity
+from ..data import standardize
+from ..flows import FlowDensity, FlowOutput
 from .plot import COLORS, colors, new_figure
 
 LABELED = {"marker": "^", "s": 70, "edgecolors": "black", "linewidths": 0.9, "zorder": 5}
 
 
 @torch.inference_mode()
-def leave_figures(
-    folder: Path, model: FlowDensity, train, test, shuffled, classes: list[str], images: Callable | None = None
-) -> list[Path]:
-    """Draws the figures that fit the data of a model in evaluation mode; returns their files.
+def leave_figures(folder: Path, method, dataset, split) -> list[Path]:
+    """Draws the figures that fit the data of a method with a density, in evaluation mode; returns their files.
 
-    train, test: (x (n, ...), y (n,)), with y -1 for rows whose label the model was not told.   shuffled: (m, ...) test
-    samples with each feature shuffled among the rows, hence out of distribution.   images: turns the model's samples
-    into (n, C, H, W) pixels in [0, 1]; None if they are not images.
-
-        plane.png     for points of the plane: data, latent points, samples, grids through the flow and its inverse,
-                      decision regions, density
-        latent.png    distances of the means, reliability diagram, log p(x) in and out of distribution
-        samples.png   for images: samples of each class, and lines between test images in latent space
+    plane.png     for points of the plane: data, latent points, samples, grids through the flow and its inverse,
+                  decision regions, density
+    latent.png    distances of the means, reliability diagram, log p(x) in and out of distribution
+    samples.png   for images: samples of each class, and lines between test images in latent space
     """
-    figures = {"latent.png": latent_figure(model, train, test, shuffled, classes)}
+    model = method.density
+    weight = next(model.parameters())
+
+    def inputs(x):
+        return method.inputs(standardize(torch.from_numpy(x).to(weight.device), dataset.mean, dataset.std))
+
+    told = np.full(len(dataset.train_labels), -1)  # -1 for rows whose label the method was not told
+    told[split.labeled] = dataset.train_labels[split.labeled]
+    rows = np.random.RandomState(0).permutation(len(told))[:5000]
+    rows = np.union1d(rows, split.labeled[:1000])
+    train = inputs(dataset.train_x[rows]), torch.from_numpy(told[rows])
+    test = inputs(dataset.test_x), torch.from_numpy(dataset.test_labels).to(weight.device)
+    figures = {"latent.png": latent_figure(model, train, test, shuffled(test[0]), dataset.classes)}
     if train[0].shape[1:] == (2,):
         figures["plane.png"] = plane_figure(model, *train)
-    if images:
-        figures["samples.png"] = samples_figure(model, test[0], classes, images)
+    if not dataset.is_table:
+        channels, size = method.channels, dataset.image_size
+        mean, std = (torch.tensor(v[:channels]).to(weight)[:, None, None] for v in (dataset.mean, dataset.std))
+
+        def pixels(x):  # what the flow takes -> (n, C, H, W) in [0, 1]
+            return x.view(len(x), channels, size, size) * std + mean
+
+        figures["samples.png"] = samples_figure(model, test[0], dataset.classes, pixels)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=110)
     return [folder / name for name in figures]
+
+
+def shuffled(x: torch.Tensor) -> torch.Tensor:
+    """x: (n, ...) -> (n, ...), each feature or pixel shuffled among the rows, hence out of distribution."""
+    generator = torch.Generator().manual_seed(0)
+    flat = x.flatten(1)
+    order = torch.rand(flat.shape, generator=generator).argsort(0).to(x.device)
+    return flat.gather(0, order).view_as(x)
 
 
 # ---- The plane
@@ -56,10 +77,8 @@ def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: i
 
     _scatter(panels[0], x.cpu().numpy(), guess, known)
     _grid(panels[0], x_limits, lambda line: line, x)
-    panels[0].set_title("Data, by the class they are given")
     _scatter(panels[1], z, guess, known)
     _grid(panels[1], x_limits, lambda line: model(line).z, x)
-    panels[1].set_title("In latent space z = f(x), with the grid")
     axes = np.meshgrid(np.linspace(*x_limits[0], points), np.linspace(*x_limits[1], points))
     plane = torch.tensor(np.stack([axis.ravel() for axis in axes], 1), dtype=x.dtype, device=x.device)
     here = model(plane)
@@ -68,22 +87,21 @@ def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: i
     levels = np.arange(classes + 1) - 0.5
     panels[2].contourf(*axes, region, levels=levels, colors=colors(classes), alpha=0.35)
     _scatter(panels[2], x.cpu().numpy(), guess, known)
-    panels[2].set_title("Decision regions")
     _scatter(panels[3], drawn, sampled_class)
     _grid(panels[3], z_limits, lambda line: line, x)
-    panels[3].set_title("Samples in latent space")
     _scatter(panels[4], sampled, sampled_class)
     _grid(panels[4], z_limits, model.inverse, x)
-    panels[4].set_title("Through the inverse, x = f⁻¹(z), with the grid")
     density = here.log_prob.cpu().numpy().reshape(points, points)
     shown = panels[5].imshow(
         np.maximum(density, density.max() - 12), origin="lower", extent=(*x_limits[0], *x_limits[1]), aspect="auto"
     )
     figure.colorbar(shown, ax=panels[5], label="log p(x), nats")
-    panels[5].set_title("Density")
-    for index, axes in enumerate(panels):
-        limits = z_limits if index in (1, 3) else x_limits
-        axes.set(xlim=limits[0], ylim=limits[1])
+    titles = (
+        "Data, by the class they are given", "In latent space z = f(x), with the grid", "Decision regions",
+        "Samples in latent space", "Through the inverse, x = f⁻¹(z), with the grid", "Density",
+    )  # fmt: skip
+    for axes, title, limits in zip(panels, titles, (*(x_limits, z_limits) * 2, x_limits, x_limits), strict=True):
+        axes.set(xlim=limits[0], ylim=limits[1], title=title)
     return figure
 
 
@@ -171,25 +189,17 @@ def _densities(axes, values: dict[str, np.ndarray]):
 def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
     """logits: (n, K), y: (n,) -> the τ that minimises the cross-entropy of softmax(logits / τ) (Guo et al. 2017).
 
-    With equal widths τ is a variance shared by all components (Izmailov et al. 2020, section 6.1). Golden-section
-    search over log τ in [-5, 7]: the cross-entropy is convex in 1/τ, hence has a single minimum.
+    With equal widths τ is a variance shared by all components (Izmailov et al. 2020, section 6.1). Ternary search over
+    log τ in [-5, 7]: the cross-entropy is convex in 1/τ, hence has a single minimum.
     """
 
     def loss(log_tau):
         return F.cross_entropy(logits.double() / np.exp(log_tau), y).item()
 
-    low, high, ratio = -5.0, 7.0, (5**0.5 - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    at_a, at_b = loss(a), loss(b)
-    for _ in range(40):
-        if at_a < at_b:
-            high, b, at_b = b, a, at_a
-            a = high - ratio * (high - low)
-            at_a = loss(a)
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + ratio * (high - low)
-            at_b = loss(b)
+    low, high = -5.0, 7.0
+    for _ in range(50):
+        a, b = (2 * low + high) / 3, (low + 2 * high) / 3
+        low, high = (low, b) if loss(a) < loss(b) else (a, high)
     return float(np.exp((low + high) / 2))
 
 
@@ -207,9 +217,7 @@ def reliability(probs: torch.Tensor, y: torch.Tensor, bins: int = 15):
 
 
 def _outputs(model, x, rows=1000):
-    return type(model(x[:1]))(
-        *(torch.cat(parts) for parts in zip(*(model(part) for part in x.split(rows)), strict=True))
-    )
+    return FlowOutput(*map(torch.cat, zip(*(model(part) for part in x.split(rows)), strict=True)))
 
 
 # ---- Images

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from normatch import __version__, dali, ops
+from normatch import __version__, ops
+from normatch.augment import dali
 
 
 def info() -> str:

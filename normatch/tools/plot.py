@@ -24,49 +24,30 @@ class Panel:
     log: bool = False
 
 
+# fmt: off
 PANELS = [
-    Panel(
-        "Accuracy of the averaged weights",
-        {
-            "test_accuracy": "linear classifier",
-            "test_accuracy_flow": "flow",
-            "val_accuracy": "linear, validation",
-            "val_accuracy_flow": "flow, validation",
-        },
-        "%",
-    ),
-    Panel(
-        "Losses",
-        {"loss": "total", "loss_x": "labeled", "loss_u": "unlabeled", "loss_flow": "flow, labeled"},
-        "nats",
-        log=True,
-    ),
+    Panel("Accuracy of the averaged weights", {
+        "test_accuracy": "linear classifier", "test_accuracy_flow": "flow",
+        "val_accuracy": "linear, validation", "val_accuracy_flow": "flow, validation",
+    }, "%"),
+    Panel("Losses", {
+        "loss": "total", "loss_x": "labeled", "loss_u": "unlabeled", "loss_flow": "flow, labeled",
+    }, "nats", log=True),
     Panel("Loss of the averaged weights", {"test_loss": "test", "val_loss": "validation"}, "nats", log=True),
     Panel("Negative log-likelihood of features", {"loss_flow_unsup": "flow"}, "nats"),
-    Panel(
-        "Unlabeled images: share",
-        {
-            "mask_ratio": "mean weight (mask ratio)",
-            "high_confidence_ratio": "confident",
-            "consensus_ratio": "classifiers agree",
-        },
-        "%",
-        scale=100,
-    ),
-    Panel(
-        "Pseudo-labels: share that is correct",
-        {
-            "pseudo_label_accuracy": "all",
-            "pseudo_label_accuracy_high_confidence": "confident",
-            "pseudo_label_accuracy_consensus": "classifiers agree",
-            "pseudo_label_accuracy_disagreement": "classifiers disagree",
-        },
-        "%",
-        scale=100,
-    ),
+    Panel("Unlabeled images: share", {
+        "mask_ratio": "mean weight (mask ratio)", "high_confidence_ratio": "confident",
+        "consensus_ratio": "classifiers agree",
+    }, "%", scale=100),
+    Panel("Pseudo-labels: share that is correct", {
+        "pseudo_label_accuracy": "all", "pseudo_label_accuracy_high_confidence": "confident",
+        "pseudo_label_accuracy_consensus": "classifiers agree",
+        "pseudo_label_accuracy_disagreement": "classifiers disagree",
+    }, "%", scale=100),
     Panel("Learning rate", {"lr": "classifier"}),
     Panel("Time per step", {"seconds_per_step": "step (median)", "data_seconds": "waiting for data"}, "ms", scale=1000),
 ]
+# fmt: on
 
 STYLES = ["-", "--", ":", "-."]
 # Wong's palette (Nature Methods 2011), which color-blind readers can tell apart, without its yellow; then three of

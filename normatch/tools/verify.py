@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..errors import UserError
-from ..run import load_checkpoint
+from ..published.checkpoints import load_checkpoint
 
-COMPARED = ("step", "best", "model", "ema", "optimizer", "flow_optimizer", "meter", "rng")
+COMPARED = ("step", "best", "model", "ema", "optimizer", "meter", "rng")
 
 
 def verify_resume(config: Config, kills: int = 20) -> dict:
@@ -104,14 +104,14 @@ def _compared(whole: Config, killed: Config) -> tuple[int, list[str]]:
 def _start(config: Config):
     # Children are forked from a server that has imported everything: a kill hits training, not start-up.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["normatch.trainer", "torch.utils.tensorboard", "sklearn.datasets"])
+    context.set_forkserver_preload(["normatch.training.trainer", "torch.utils.tensorboard", "sklearn.datasets"])
     process = context.Process(target=_train, args=(config,))
     process.start()
     return process
 
 
 def _train(config: Config):
-    from ..trainer import train
+    from ..training.trainer import train
 
     tqdm.set_lock(threading.RLock())  # its default is a system semaphore, which a killed process would leak
     train(config)

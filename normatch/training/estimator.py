@@ -8,10 +8,11 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
-from .config import checked
-from .data import Split, from_arrays
-from .flow_training import FlowState
-from .state import TrainStep
+from ..config import checked
+from ..data import Split, from_arrays
+from ..methods.flowgmm import FlowGMM
+from .state import State
+from .step import TrainStep
 
 
 class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
@@ -22,10 +23,10 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
     these, few labels in few dimensions end with most rows in the wrong Gaussian (docs/flowgmm.md has the figures).
 
     couplings, hidden: the number of couplings and the width of their networks.
-    steps, lr, weight_decay: of AdamW, the rate falling along a cosine.
+    steps, lr, weight_decay: of AdamW, with a cosine schedule.
     batch_size: unlabelled rows a step, about; up to 100 labelled ones join them.
     noise: its standard deviation, in those of the features.
-    means, means_r: where the Gaussians stand, one of the rules of `methods.flowgmm.place_means`, and its scale.
+    means, means_r: where the Gaussians stand, one of the rules of `methods.means.place_means`, and its scale.
     means_trainable: whether they move.
     label_weight, lambda_u: weights of -log p(x, y) of labelled rows and of -log p(x) of all.
     random_state: seeds weights, batches and noise.   device: where to train.   verbose: show a progress bar.
@@ -77,16 +78,34 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = np.unique(named)
         labels = np.full(len(y), -1, np.int64)
         labels[known] = np.searchsorted(self.classes_, named)
-        labeled = np.flatnonzero(known)
         columns = tuple(getattr(self, "feature_names_in_", ()))
-        table = from_arrays(X, labels, classes=map(str, self.classes_), name="X", columns=columns)
-        batch = min(len(labeled), 100)
+        dataset = from_arrays(X, labels, classes=[str(c) for c in self.classes_], name="X", columns=columns)
+        split = Split(np.flatnonzero(known), np.arange(len(X)), np.empty(0, np.int64))
+        config = self._config(len(X), len(split.labeled))
+        device = torch.device(self.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            state = State(config, FlowGMM, device, dataset=dataset, split=split)
+            steps = tqdm(state.batches(0), total=config.steps, desc="FlowGMM", unit="step", disable=not self.verbose)
+            step = TrainStep(state)
+            for batch in steps:
+                state.begin_step()
+                metrics = step([batch])
+        self.loss_ = metrics["loss"][0].item()
+        if not (np.isfinite(self.loss_) and state.finite()):
+            raise ValueError("the loss became NaN or infinite: take a smaller lr")
+        self.model_ = state.average.module.density.cpu()
+        self.mean_, self.scale_ = dataset.mean, dataset.std
+        return self
+
+    def _config(self, rows: int, labeled: int):
+        batch = min(labeled, 100)
         names = ("couplings", "hidden", "steps", "lr", "weight_decay", "noise", "means", "means_r", "means_trainable",
                  "label_weight", "lambda_u")  # fmt: skip
-        config = checked(
+        return checked(
             {
                 "method": "flowgmm",
-                "flow": "tabular",
+                "augment": "none",
                 "zero_init": True,
                 "dropout": 0.0,
                 "optimizer": "adamw",
@@ -94,26 +113,12 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
                 "clip": 100.0,
                 "ema_decay": 0.99,
                 "batch_size": batch,
-                "uratio": max(1, min(self.batch_size // batch, len(X) // batch)),
+                "uratio": max(1, min(self.batch_size // batch, rows // batch)),
                 "seed": int(check_random_state(self.random_state).randint(2**31 - 1)),
                 **{name: getattr(self, name) for name in names},
-            }
+            },
+            FlowGMM,
         )
-        device = torch.device(self.device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(config.seed)
-            state = FlowState(config, device, table, Split(labeled, np.arange(len(X)), np.empty(0, np.int64)))
-            steps = tqdm(state.batches(0), total=config.steps, desc="FlowGMM", unit="step", disable=not self.verbose)
-            step = TrainStep(state)
-            for batch in steps:
-                state.begin_step()
-                metrics = step([batch])
-        self.loss_ = metrics[0, 0].item()
-        if not (np.isfinite(self.loss_) and state.finite()):
-            raise ValueError("the loss became NaN or infinite: take a smaller lr")
-        self.model_ = state.ema.module.model.cpu()
-        self.mean_, self.scale_ = table.mean, table.std
-        return self
 
     def predict(self, X):
         """X: (n, D) -> (n,) labels, those of the most probable classes."""

@@ -95,7 +95,9 @@ class Optimizer:
 
     def load_state_dict(self, state: list[dict]):
         """Raises ValueError for the state of other groups."""
-        same = len(state) == len(self.state) and all(a.keys() == b.keys() for a, b in zip(state, self.state, strict=True))
+        same = len(state) == len(self.state) and all(
+            a.keys() == b.keys() for a, b in zip(state, self.state, strict=True)
+        )
         if not same:
             raise ValueError("the optimizer's state is of other parameter groups")
         for saved, current in zip(state, self.state, strict=True):

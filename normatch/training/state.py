@@ -96,7 +96,10 @@ class State:
         config = self.config
         start, stop = start * config.accumulate, config.steps * config.accumulate
         if self.augment_backend is None:
-            return row_batches(self.draws, start, stop, self.device)
+            x, mean, std = torch.from_numpy(self.dataset.train_x), self.dataset.mean, self.dataset.std
+            if self.dataset.is_table:
+                return row_batches(self.draws, standardize(x, mean, std), start, stop, self.device)
+            return row_batches(self.draws, x, start, stop, self.device, lambda images: standardize(images, mean, std))
         dtype = self.method.input_dtype
         return make_batches(self.draws, start, stop, self.augment_backend, self.device, dtype, config.num_workers)
 

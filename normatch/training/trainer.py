@@ -15,6 +15,7 @@ from ..config import Config, make_config, method_class
 from ..errors import Interrupted, UserError
 from ..methods import distributed
 from ..methods.base import Method
+from ..methods.density import DensityMethod
 from ..tools.flow_figures import leave_figures
 from ..tools.plot import leave_figure
 from .report import Clock, Progress, StopRequest, Trace
@@ -85,7 +86,8 @@ def train(
     run.write_summary(summary)
     if distributed.rank() == 0:
         leave_figure(run.folder)
-        leave_figures(run.folder, state.average.module, state.dataset, state.split)
+        if isinstance(state.method, DensityMethod):
+            leave_figures(run.folder, state.average.module, state.dataset, state.split)
     return Result(run.folder, summary)
 
 

@@ -1,0 +1,232 @@
+"""normatch::flow_head: a whole flow classifier in one op."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normatch import reference
+from normatch.ops._library import (
+    BACKEND,
+    DTYPES,
+    KERNELS,
+    check_dims,
+    check_float,
+    check_same,
+    check_shape,
+    check_tensor,
+    register,
+)
+from normatch.ops.affine_coupling import affine_coupling
+from normatch.ops.gmm_log_prob import check_mixture, gmm_log_prob
+from normatch.reference import accumulation_dtype
+
+
+class _FusedLimits(NamedTuple):
+    """The largest head that a single kernel computes."""
+
+    hidden: int
+    features: int
+    classes: float = float("inf")
+    couplings: float = float("inf")
+    parameters: float = float("inf")
+
+
+_FUSED_LIMITS = {
+    "cpu": _FusedLimits(hidden=128, features=4096),
+    # classes and couplings are bounded by shared memory and the size of a kernel's arguments (csrc/flow_head.cu),
+    # parameters by the gradient sums of at least 32 blocks, which take 64 MB together.
+    "cuda": _FusedLimits(hidden=128, features=4096, classes=2048, couplings=64, parameters=2**19),
+}
+
+
+def flow_head_path(
+    features: int, hidden: int, device: str | torch.device = "cpu", classes: int = 1, couplings: int = 1
+) -> str:
+    """The path that `flow_head` takes for a head of this size: "fused" (one kernel) or "composed" (several).
+
+    Fused if the device has a kernel and the networks are narrow (hidden <= 128, features <= 4096), so that the state
+    of a tile of rows stays in the cache and library matrix products would not be faster. On a GPU also classes <=
+    2048, couplings <= 64, and at most 2^19 parameters (couplings and means). Otherwise composed of library matrix
+    products, `affine_coupling` and `gmm_log_prob`.
+    """
+    device = torch.device(device).type
+    if device not in KERNELS["flow_head"]:
+        return "composed"
+    limits = _FUSED_LIMITS["cuda" if BACKEND == "emulated" else device]
+    first, second = features // 2, features - features // 2
+    weights = [
+        hidden * (kept + hidden + 2 * changed + 2) + 3 * changed for kept, changed in ((first, second), (second, first))
+    ]
+    parameters = classes * features + (couplings + 1) // 2 * weights[0] + couplings // 2 * weights[1]
+    sizes = (hidden, features, classes, couplings, parameters)
+    return "fused" if all(value <= limit for value, limit in zip(sizes, limits, strict=True)) else "composed"
+
+
+def flow_head(
+    x: Tensor,
+    couplings: Sequence[Sequence[Tensor]],
+    means: Tensor,
+    rho: Tensor,
+    logits: Tensor,
+    eps: float = 0.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x: (N, D), means: (K, D), rho, logits: (K,) -> z: (N, D), logdet: (N,), class_log_prob: (N, K), log_prob: (N,).
+
+    A whole flow classifier, as in NorMatch (Deng et al. 2024): affine couplings (`affine_coupling`) with their
+    networks, then the mixture of `gmm_log_prob`; log_prob = logsumexp_k class_log_prob + logdet. Coupling j keeps the
+    first half of the features, [0, D // 2), for even j and the second half for odd j, and changes the rest:
+
+        h = dropout(relu(kept @ weight0.T + bias0)),   s_raw, t = relu(h @ weight1.T + bias1) @ weight2.T + bias2
+
+    couplings: for each coupling weight0 (H, kept), bias0 (H,), weight1 (H, H), bias1 (H,), weight2 (2 changed, H),
+    bias2 (2 changed,) and gain (changed,), with the same H for all. Results and arithmetic are float32 (float64 for
+    float64 x), with or without autocast; parameters may have any float dtype and are cast.
+    Dropout applies if a seed is given, () int64 on the device of x. The dropped units depend on its value alone, on
+    every device; the kernel reads it when it runs, so that replays of a CUDA graph follow the seed's current value.
+    The backward pass reconstructs each coupling's input from its output: memory does not grow with their number.
+
+    Raises TypeError for an argument that is not a tensor or has a wrong dtype, and ValueError for a wrong shape, no
+    coupling, D < 2, K = 0, mixed devices, a NaN in rho (where `gmm_log_prob` checks it), a negative eps or a dropout
+    outside [0, 1]; the message names the argument.
+    """
+    _check(x, couplings, means, rho, logits, eps, dropout, seed)
+    if seed is None or dropout == 0:
+        seed, dropout = None, 0.0
+    sizes = x.shape[1], couplings[0][1].shape[0], x.device, means.shape[0], len(couplings)
+    if flow_head_path(*sizes) == "composed":
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            return reference.compose_flow_head(
+                affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout, seed
+            )
+    dtype = accumulation_dtype(x.dtype)
+    parameters = [value if value.dtype == dtype else value.to(dtype) for coupling in couplings for value in coupling]
+    rest = means.to(dtype), rho.to(dtype), logits.to(dtype), seed, float(dropout), float(eps)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _FlowHead.apply(x, *rest, *parameters)[:4]
+    return torch.ops.normatch.flow_head.default(x, parameters, *rest)[:4]
+
+
+class _FlowHead(torch.autograd.Function):
+    """The op's own gradient, without torch.library's traversal of tensor lists, which costs 0.1 ms per step."""
+
+    @staticmethod
+    def forward(x, means, rho, logits, seed, dropout, eps, *parameters):
+        return torch.ops.normatch.flow_head.default(x, parameters, means, rho, logits, seed, dropout, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *rest = inputs
+        _save(ctx, (x, rest[6:], *rest[:6]), output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_x, grad_parameters, *rest = _backward(ctx, *grads)
+        return grad_x, *rest, *grad_parameters
+
+
+_COUPLING_NAMES = ("weight0", "bias0", "weight1", "bias1", "weight2", "bias2", "gain")
+
+
+def _check(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
+    op = "flow_head"
+    check_float(op, "x", x)
+    check_dims(op, "x", x, ("N", "D"))
+    features = x.shape[1]
+    if features < 2:
+        raise ValueError(f"{op}: x must have at least two features, one for each half, not shape {tuple(x.shape)}")
+    if not hasattr(couplings, "__len__"):
+        raise TypeError(f"{op}: couplings must be a list of couplings, not {type(couplings).__name__}")
+    if not len(couplings):
+        raise ValueError(f"{op}: couplings must hold at least one coupling")
+    device, hidden = x.device, None
+    for j, coupling in enumerate(couplings):
+        if not hasattr(coupling, "__len__"):
+            raise TypeError(f"{op}: couplings[{j}] must be a list of tensors, not {type(coupling).__name__}")
+        if len(coupling) != len(_COUPLING_NAMES):
+            raise ValueError(f"{op}: couplings[{j}] must be {', '.join(_COUPLING_NAMES)}, not {len(coupling)} tensors")
+        for name, value in zip(_COUPLING_NAMES, coupling, strict=True):
+            if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.device != device:
+                name = f"{name} of couplings[{j}]"
+                check_float(op, name, value)
+                check_same(op, name, value, "x", x, dtype=False)
+        if hidden is None:
+            check_dims(op, "bias0 of couplings[0]", coupling[1], ("H",))
+            hidden = coupling[1].shape[0]
+            if hidden == 0:
+                raise ValueError(f"{op}: bias0 of couplings[0] must have at least one unit")
+        kept = features - features // 2 if j % 2 else features // 2
+        changed = features - kept
+        shapes = (
+            (hidden, kept),
+            (hidden,),
+            (hidden, hidden),
+            (hidden,),
+            (2 * changed, hidden),
+            (2 * changed,),
+            (changed,),
+        )
+        for name, value, shape in zip(_COUPLING_NAMES, coupling, shapes, strict=True):
+            if value.shape != shape:
+                check_shape(op, f"{name} of couplings[{j}]", value, shape, "x and bias0 of couplings[0]")
+    check_mixture(op, "x", x, means, rho, logits, eps)
+    if not isinstance(dropout, (int, float)):
+        raise TypeError(f"{op}: dropout must be a number, not {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{op}: dropout must lie in [0, 1], but is {dropout}")
+    if seed is not None:
+        check_tensor(op, "seed", seed)
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed must be torch.int64, not {seed.dtype}")
+        if seed.dim():
+            raise ValueError(f"{op}: seed must have shape (), not {tuple(seed.shape)}")
+        check_same(op, "seed", seed, "x", x, dtype=False)
+
+
+def _fake(x, couplings, means, rho, logits, seed, dropout, eps):
+    n = x.shape[0]
+    return (
+        means.new_empty((n, x.shape[1])),
+        means.new_empty((n,)),
+        means.new_empty((n, means.shape[0])),
+        means.new_empty((n,)),
+        means.new_empty((n, x.shape[1]), dtype=torch.float64),
+    )
+
+
+def _save(ctx, inputs, output):
+    x, couplings, means, rho, logits, seed, ctx.dropout, ctx.eps = inputs
+    ctx.dtype, ctx.couplings = x.dtype, len(couplings)
+    ctx.set_materialize_grads(False)  # unused results cost nothing
+    # The last output is z in double, from which the couplings' inputs are reconstructed bit for bit
+    # (csrc/flow_head.cpp).
+    _, _, class_log_prob, _, state = output
+    ctx.mark_non_differentiable(state)
+    ctx.save_for_backward(state, class_log_prob, *couplings, means, rho, logits, seed)
+
+
+def _backward(ctx, *grads):
+    state, class_log_prob, *couplings, means, rho, logits, seed = ctx.saved_tensors
+    grad_x, grad_couplings, *grad_mixture = torch.ops.normatch.flow_head_backward.default(
+        *grads[:4], state, class_log_prob, couplings, means, rho, logits, seed, ctx.dropout, ctx.eps, ctx.dtype
+    )
+    return grad_x, grad_couplings, *grad_mixture, None, None, None
+
+
+def _backward_fake(
+    grad_z, grad_logdet, grad_class_log_prob, grad_log_prob, state, class_log_prob, couplings, means, rho, logits, seed,
+    dropout, eps, dtype,
+):  # fmt: skip
+    return (
+        state.new_empty(state.shape, dtype=dtype),
+        [value.new_empty(value.shape) for value in couplings],
+        *(value.new_empty(value.shape) for value in (means, rho, logits)),
+    )
+
+
+register("flow_head", _fake, _backward, _save)
+register("flow_head_backward", _backward_fake)
