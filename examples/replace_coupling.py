@@ -1,28 +1,27 @@
-"""The coupling layers of a Glow made with normflows replaced by normatch's fused op, with the time before and after.
+"""Replaces the coupling layers of a normflows Glow by normatch's fused op, and times both.
 
     pip install normflows
     python examples/replace_coupling.py
 
-normflows' AffineCouplingBlock cuts the image, splits the network's output, maps, and joins again; `ops.coupling2d` does
-that in one pass each way.
+normflows' AffineCouplingBlock splits the image and the network's output, transforms one half, and concatenates again;
+`ops.coupling2d` does all of that in one pass each way.
 """
 
 import argparse
 import copy
-import statistics
 
 import normflows
 import torch
 from torch import Tensor
 
 from normatch import ops
-from normatch.bench.measure import side_by_side
+from normatch.bench.measure import medians, side_by_side
 
 
 class FusedCoupling(normflows.flows.Flow):
     """A normflows AffineCouplingBlock with scale_map="sigmoid" and split_mode="channel", with its own network.
 
-    z: (N, C, H, W) -> (N, C, H, W), logdet (N,). As in normflows, `inverse` leads from data to latents.
+    z: (N, C, H, W) -> (N, C, H, W), logdet (N,). As in normflows, `inverse` maps data to latents.
     """
 
     def __init__(self, block: normflows.flows.AffineCouplingBlock):
@@ -33,8 +32,8 @@ class FusedCoupling(normflows.flows.Flow):
         self.param_map = coupling.param_map
 
     def params(self, z: Tensor) -> Tensor:
-        """normflows' network says (shift, scale) channel by channel; ops.coupling2d wants all scales, then all shifts,
-        and adds what normflows subtracts."""
+        """z: (N, C, H, W) -> (N, C, H, W). normflows' network interleaves shifts and scales; ops.coupling2d takes all
+        scales, then all shifts, and adds what normflows subtracts."""
         shift, scale = self.param_map(z[:, : (z.shape[1] + 1) // 2]).unflatten(1, (-1, 2)).unbind(2)
         return torch.cat([scale, -shift], 1)
 
@@ -48,7 +47,7 @@ class FusedCoupling(normflows.flows.Flow):
 
 
 def replace_couplings(model: torch.nn.Module) -> torch.nn.Module:
-    """The same model, with the same parameters, all of its couplings fused."""
+    """The same model with the same parameters, and every coupling fused."""
     for block in model.modules():
         if isinstance(block, normflows.flows.GlowBlock):
             block.flows[0] = FusedCoupling(block.flows[0])
@@ -73,16 +72,16 @@ class Glow(torch.nn.Module):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
     parser.add_argument("--hidden", type=int, default=32, help="width of the networks (default: 32)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements, of which the median counts (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements; their median counts (default: 7)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(options.batch, 12, 16, 16, device=device)
 
     before = Glow(12, options.hidden, depth=4).to(device)
-    before(images)  # ActNorm takes its first values from a batch
+    before(images)  # ActNorm initializes itself from a batch
     after = replace_couplings(copy.deepcopy(before))
 
     def run(model):
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         param, params = old.flows[1].param_map(z[:, :6]), new.params(z)
 
-    class Given(torch.nn.Module):  # in the network's place: what it said
+    class Given(torch.nn.Module):  # replaces the network by its recorded output
         def forward(self, _):
             return param
 
@@ -114,8 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     for what, (first, second) in cases.items():
         times = side_by_side({"normflows": first, "normatch": second}, device, options.rounds)
         print(f"\n{what}, {options.batch} images, {device}")
-        for name, seconds in times.items():
-            print(f"  {name:<12}{1e3 * statistics.median(seconds):9.3f} ms")
+        for name, seconds in medians(times).items():
+            print(f"  {name:<12}{1e3 * seconds:9.3f} ms")
 
 
 if __name__ == "__main__":

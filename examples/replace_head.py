@@ -1,10 +1,9 @@
-"""The head of a plain PyTorch model replaced by normatch's flow head, with the time of a step before and after.
+"""Replaces the head of a plain PyTorch model by normatch's flow head, and times a step of both.
 
 python examples/replace_head.py
 """
 
 import argparse
-import statistics
 
 import torch
 import torchvision
@@ -12,11 +11,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import normatch
-from normatch.bench.measure import side_by_side
+from normatch.bench.measure import medians, side_by_side
 
 
 class PlainHead(nn.Module):
-    """The same head, with the same parameters, in plain PyTorch operations."""
+    """x: (N, D) -> (N, K): the same head, with the same parameters, in plain PyTorch."""
 
     def __init__(self, head: normatch.FlowHead):
         super().__init__()
@@ -28,6 +27,8 @@ class PlainHead(nn.Module):
 
 
 class FusedHead(nn.Module):
+    """x: (N, D) -> (N, K)."""
+
     def __init__(self, head: normatch.FlowHead):
         super().__init__()
         self.head = head
@@ -38,20 +39,20 @@ class FusedHead(nn.Module):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=7, help="measurements, of which the median counts (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements; their median counts (default: 7)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(options.batch, 3, 32, 32, device=device)
     labels = torch.randint(options.classes, (options.batch,), device=device)
 
-    # Somebody's model ...
+    # A model ...
     model = torchvision.models.resnet18(num_classes=options.classes).to(device)
     before = model.fc
 
-    # ... and its head replaced: class_log_prob (N, K) takes the place of the logits; there is a density beside it.
+    # ... and its head replaced: class_log_prob (N, K) takes the place of the logits; log_prob (N,) is a density.
     head = normatch.FlowHead(model.fc.in_features, options.classes, dropout=0.0).to(device)
     model.fc = nn.Identity()
     logits = head(model(images)).class_log_prob
@@ -76,8 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         calls = {name: step(module, through) for name, module in heads.items()}
         times = side_by_side(calls, device, options.rounds)
         print(f"\nforward and backward of {what}, {options.batch} images, {device}")
-        for name, seconds in times.items():
-            print(f"  {name:<26}{1e3 * statistics.median(seconds):9.2f} ms")
+        for name, seconds in medians(times).items():
+            print(f"  {name:<26}{1e3 * seconds:9.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`normatch bench step`: the formulations agree, every part of the step is in the breakdown, the record is whole."""
+"""`normatch bench step`: the formulations agree, and the record holds all of them and every part of the step."""
 
 import json
 
@@ -8,21 +8,11 @@ import torch
 from normatch.bench import step as bench
 from normatch.cli import make_parser
 
+COMMAND = "bench step --dataset digits --backbone wrn-10-1 --batch_size 2 --uratio 1"
+
 
 def run(*words):
-    words = [
-        "bench",
-        "step",
-        "--dataset",
-        "digits",
-        "--backbone",
-        "wrn-10-1",
-        "--batch_size",
-        "2",
-        "--uratio",
-        "1",
-        *words,
-    ]
+    words = [*COMMAND.split(), *words]
     options = make_parser(words[:2]).parse_args([*words, "--device", "cpu", "--rounds", "1", "--no-compile"])
     return options.run(options)
 
@@ -47,7 +37,7 @@ def shifted(flow, x, forward=bench.PublishedFlow.forward):
 @pytest.mark.parametrize(
     ("target", "name", "planted"),
     [(bench.PublishedFlow, "forward", shifted), (torch.optim.SGD, "step", lambda optimizer: None)],
-    ids=["another flow", "no optimiser"],
+    ids=["another flow", "no optimizer"],
 )
 def test_a_formulation_that_computes_something_else_is_refused(monkeypatch, target, name, planted):
     monkeypatch.setattr(target, name, planted)

@@ -1,4 +1,4 @@
-"""`normatch bench augment` and `normatch bench loader`: agreement first, then records whose ratios are their times'."""
+"""`normatch bench augment` and `normatch bench loader`: agreement is checked first, and ratios match the times."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The examples run, and what they replace agrees with what they put in its place (they stop where it does not)."""
+"""The examples run; each stops with an error if its replacement computes something else than the original."""
 
 import runpy
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What `normatch bench` measures, always side by side in one process and after the results have been compared."""
+"""What `normatch bench` measures. `measure` is the harness, `rivals` the formulations that ours are compared with."""

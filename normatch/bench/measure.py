@@ -1,25 +1,29 @@
-"""How kernels are measured: agreement first, then every provider in turn, round after round; medians; against a roof.
+"""The measuring harness: check agreement, then time all providers in turns in one process, and report medians.
 
-Machines are shared and clocks wander, so a figure means something next to the others of its process only. A round runs
-each provider once for about `SLICE` seconds, so that what disturbs one disturbs all.
+Shared machines and varying clocks make timings comparable only within one process. Providers therefore alternate, so
+that a disturbance hits all of them alike, and rates are given as a share of a large copy measured beside them.
 """
 
 import ctypes
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SLICE = 0.02
+SLICE = 0.02  # seconds of one provider's turn
 LONG = 0.5  # seconds
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+# ---- what is measured
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,14 @@ class Case:
     op: str
     direction: str  # forward, inverse, backward, or training: forward and backward
     size: str
-    elements: int  # places the case on the plot's axis
+    elements: int  # orders the cases in the plot
     dtype: torch.dtype
     providers: dict[str, Callable]
     inputs: Callable[[str], list[Tensor]]  # device -> fresh ones
     bytes: int
     flop: int
-    few_rows: bool = True  # whether agreement can be judged on the first rows of the inputs
+    few_rows: bool = True  # whether the first rows of the inputs suffice to check agreement
+    loss: Callable[..., Tensor] | None = None  # of the outputs; without it output gradients are random
 
     @property
     def name(self) -> str:
@@ -46,8 +51,8 @@ def outputs_of(result) -> list[Tensor]:
     return list(result) if isinstance(result, tuple | list) else [result]
 
 
-def make_call(op, inputs: list[Tensor], direction: str) -> Callable[[], list[Tensor]]:
-    """What is timed: a call of `op`, or of its gradients, that returns what it computes."""
+def make_call(op, inputs: list[Tensor], direction: str, loss=None) -> Callable[[], list[Tensor]]:
+    """The function to time: calls `op`, or computes its gradients, and returns the result."""
     if direction in ("forward", "inverse"):
 
         def forward():
@@ -55,28 +60,44 @@ def make_call(op, inputs: list[Tensor], direction: str) -> Callable[[], list[Ten
                 return outputs_of(op(*inputs))
 
         return forward
+    torch._functorch.config.donated_buffer = False  # allows a compiled backward to run repeatedly
     inputs = [value.detach().requires_grad_() for value in inputs]
     outputs = outputs_of(op(*inputs))
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    if loss:
+        leaves = [out.detach().requires_grad_() for out in outputs]
+        grads = torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
+    else:
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+    grads = [grads[i] for i in used]
     if direction == "backward":
+        outputs = [outputs[i] for i in used]
         return lambda: list(torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
-    return lambda: list(torch.autograd.grad(outputs_of(op(*inputs)), inputs, grads))
+
+    def training():
+        outputs = outputs_of(op(*inputs))
+        return list(torch.autograd.grad([outputs[i] for i in used], inputs, grads))
+
+    return training
 
 
-def rate(value: Tensor, exact: Tensor) -> float:
-    """Largest error, relative to the largest value."""
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """The largest error, relative to the largest value."""
     return ((value.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def check_agreement(case: Case, provider: str, inputs: list[Tensor]) -> None:
-    """Raises RuntimeError where a provider is further from the closed form in float64 than its dtype explains."""
+    """Raises RuntimeError if a provider is further from the closed form in float64 than its dtype explains.
+
+    Output gradients are random here, so that every output's gradient is checked, whichever of them a loss uses.
+    """
     rows = max(len(value) for value in inputs)
     few = [value[:16] if case.few_rows and value.dim() > 1 and len(value) == rows > 256 else value for value in inputs]
-    for _ in range(3):  # gradients jump where a ReLU's input is within rounding of 0: not near three points in a row
+    for _ in range(3):  # gradients jump where a ReLU's input is within rounding of 0, but hardly at three points
         exact = make_call(case.providers["closed"], [value.double() for value in few], case.direction)()
-        found = make_call(case.providers[provider], few, case.direction)()
-        worst = max(rate(got, want) for got, want in zip(found, exact, strict=True))
+        results = make_call(case.providers[provider], few, case.direction)()
+        worst = max(relative_error(got, want) for got, want in zip(results, exact, strict=True))
         if worst < TOLERANCE[case.dtype]:
             return
         few = [value + 1e-3 * torch.randn_like(value) for value in few]
@@ -84,7 +105,7 @@ def check_agreement(case: Case, provider: str, inputs: list[Tensor]) -> None:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts the operations dispatched to kernels: each is at least one launch on a GPU; views are none."""
+    """Counts the operations dispatched to kernels, views excluded: each is at least one launch on a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +123,7 @@ def operations(call: Callable) -> int:
 
 
 def launches(call: Callable) -> int | None:
-    """Kernels that one call starts on the GPU; None without one."""
+    """The number of kernels that one call launches on the GPU; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     call()
@@ -113,36 +134,86 @@ def launches(call: Callable) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def seconds(call: Callable, device: str, repeat: int = 1) -> float:
+# ---- clocks
+
+
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(call: Callable, device: str, repeat: int = 1) -> float:
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeat):
         call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / repeat
 
 
-def keep_memory() -> None:
-    """Has the C library keep what is freed, so that large results lie in memory that the process has already.
+def side_by_side(
+    calls: Mapping, device: str, rounds: int, repeat: int | None = None, warmup: int = 2, pause: Mapping | None = None
+) -> dict[str, list[float]]:
+    """name -> seconds per call in each round; the calls alternate.
 
-    By default memory beyond some 32 MB goes back to the system each time and comes anew, page by page, each cleared
-    first: for results of that size this takes far longer than computing them, whoever computes them.
+    repeat: calls per turn. By default as many as take `SLICE` seconds, with at most three rounds of calls that take
+    longer than `LONG`.   pause: name -> seconds to wait after a turn, for providers with work in the background.
+    """
+    times, latest = {name: [] for name in calls}, {}
+    for turn in range(-warmup, rounds):
+        for name, call in calls.items():
+            if turn < 0:
+                latest[name] = seconds(call, device)
+            elif repeat or latest[name] < LONG or turn < 3:
+                count = repeat or max(1, min(1000, int(SLICE / latest[name])))
+                times[name].append(seconds(call, device, count))
+            if pause and name in pause:
+                time.sleep(pause[name])
+    return times
+
+
+def medians(times: Mapping) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Laps:
+    """Seconds from one call to the next, by name; waits for the device."""
+
+    def __init__(self, device: str):
+        self.device, self.times = device, {}
+
+    def start(self):
+        synchronize(self.device)
+        self.tick = time.perf_counter()
+
+    def end(self, name: str):
+        before = self.tick
+        self.start()
+        self.times.setdefault(name, []).append(self.tick - before)
+
+
+# ---- the machine
+
+
+def keep_memory() -> None:
+    """Makes the C library keep freed memory, so that large results reuse pages the process already has.
+
+    By default blocks above some 32 MB are returned to the system and mapped again, page by page, each one cleared
+    first: for results of that size this takes far longer than any provider's computation.
     """
     trim_threshold, mmap_max = -1, -4  # of mallopt(3)
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_max, 0)
-    except (OSError, AttributeError):  # another C library, with other habits
+    except (OSError, AttributeError):  # a C library without mallopt
         pass
 
 
 def copy_roof(device: str, fresh: bool = False) -> float:
-    """Bytes per second, read and written, of the fastest of many large copies into memory that is there already.
+    """Bytes per second, read and written, of the fastest of many large copies into existing memory.
 
-    With `fresh`, into memory allocated for each of them, and their median.
+    With `fresh`: the median of copies into newly allocated memory.
     """
     source = torch.ones(1 << 25, device=device)
     if fresh:
@@ -151,32 +222,36 @@ def copy_roof(device: str, fresh: bool = False) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(30))
 
 
-def side_by_side(calls: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
-    """name -> seconds a call in each round; what takes longer than `LONG` has three rounds at most."""
-    repeat, limit = {}, {}
-    for name, call in calls.items():
-        call()
-        once = seconds(call, device)
-        repeat[name] = max(1, min(1000, int(SLICE / once)))
-        limit[name] = rounds if once < LONG else min(rounds, 3)
-    times = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name, call in calls.items():
-            if turn < limit[name]:
-                times[name].append(seconds(call, device, repeat[name]))
-    return times
+def machine(device: str) -> dict:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "capability": None if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ---- records
+
+
+def rates(moved: int, flop: int, seconds: float, roof: float) -> dict[str, float]:
+    return {
+        "gb_per_s": moved / seconds / 1e9,
+        "percent_of_copy": 100 * moved / seconds / roof,
+        "gflop_per_s": flop / seconds / 1e9,
+    }
 
 
 def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
-    """One record a provider, with the median of its rounds; a large copy takes turns with them, as their roof."""
+    """One record per provider, with the median of its rounds; a large copy takes turns with them, as their roof."""
     torch.manual_seed(0)
-    torch._functorch.config.donated_buffer = False  # so that a compiled backward can be run again and again
     inputs = case.inputs(device)
     names = [name for name in case.providers if name not in leave_out]
     torch._dynamo.reset()
     for name in names:
         check_agreement(case, name, inputs)
-    calls = {name: make_call(case.providers[name], inputs, case.direction) for name in names}
+    calls = {name: make_call(case.providers[name], inputs, case.direction, case.loss) for name in names}
     source = torch.ones(1 << 25, device=device)
     target = torch.empty_like(source)
     times = side_by_side({**calls, "copy": lambda: target.copy_(source)}, device, rounds)
@@ -190,9 +265,7 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
                 "case": case.name, "op": case.op, "direction": case.direction, "size": case.size,
                 "elements": case.elements, "dtype": str(case.dtype).removeprefix("torch."), "provider": name,
                 "seconds": median, "quartiles": [low, high], "rounds": len(times[name]),
-                "bytes": case.bytes, "flop": case.flop,
-                "gb_per_s": case.bytes / median / 1e9, "percent_of_copy": 100 * case.bytes / median / roof,
-                "gflop_per_s": case.flop / median / 1e9,
+                "bytes": case.bytes, "flop": case.flop, **rates(case.bytes, case.flop, median, roof),
                 "operations": None if "compiled" in name else operations(call),
                 "launches": launches(call) if device == "cuda" else None,
             }
@@ -200,11 +273,18 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
     return records
 
 
-def machine(device: str) -> dict:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "capability": None if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def write_json(path: Path, result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def markdown(header, rows) -> str:
+    """A Markdown table of a header and rows of cells."""
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (header, ["---"] * len(header), *rows))
+
+
+def aligned(header, rows) -> str:
+    """The same as text in aligned columns."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)

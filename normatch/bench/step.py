@@ -1,34 +1,34 @@
 """`normatch bench step`: one training step beside the published formulation of the same step, and where its time goes.
 
 The published formulation follows the code of NorMatch: fp32, NCHW, eager, Pillow's views in two worker processes, a
-flow of full-width masked layers that is called once for labelled and once for unlabelled images, one
-MultivariateNormal a class, and a handful of read-backs. The closed form is our step with the flow head in plain
-PyTorch. All take turns in one process, step by step, after their losses have been compared.
+flow of full-width masked layers that is called once for labeled and once for unlabeled images, one MultivariateNormal
+per class, and a handful of device-to-host reads. The closed form is our step with the flow head in plain PyTorch. All
+take turns in one process, step by step, after their losses have been compared.
 """
 
 import copy
-import json
+import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import distributed
-from ..classifier import ClassifierState
-from ..config import Config, make_config
+from ..config import Config, make_config, method_class
 from ..errors import UserError
-from ..flows import FlowHead
-from ..flows.head import FlowOutput
-from ..optim import decay_groups
-from ..state import TrainStep
-from ..training.loader import make_batches
-from .kernels import closed_head
-from .measure import machine, seconds
+from ..flows import FlowHead, FlowOutput
+from ..methods import distributed
+from ..methods.classifier import decay_groups
+from ..training.loader import Batches
+from ..training.optim import Optimizer
+from ..training.state import State
+from ..training.step import TrainStep
+from .measure import Laps, machine, medians, side_by_side, write_json
+from .rivals import closed_head, published_layer, published_mask, published_mixture
 
 
 def add_arguments(parser) -> None:
@@ -36,17 +36,17 @@ def add_arguments(parser) -> None:
     parser.add_argument("--data_dir", help="folder that holds the data set")
     parser.add_argument("--method", default="normatch", choices=("normatch", "fixmatch"), help="(default: normatch)")
     parser.add_argument("--backbone", default="wrn-28-2", help="(default: wrn-28-2)")
-    parser.add_argument("--batch_size", type=int, help="labelled images (default: 64 on a GPU, else 8)")
-    parser.add_argument("--uratio", type=int, default=7, help="unlabelled images for each of them (default: 7)")
+    parser.add_argument("--batch_size", type=int, help="labeled images (default: 64 on a GPU, else 8)")
+    parser.add_argument("--uratio", type=int, default=7, help="unlabeled images for each of them (default: 7)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="ours (default: auto)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--rounds", type=int, default=11, help="steps, of which the median counts (default: 11)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's versions out")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--rounds", type=int, default=11, help="steps; their median counts (default: 11)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile versions")
     parser.add_argument("--out", type=Path, help="folder for step.json (default: nothing is written)")
 
 
 def run(options) -> int:
-    """Prints both tables; writes step.json where asked to."""
+    """Prints both tables; writes step.json if asked to."""
     device = distributed.start(options.device or "auto")
     if options.rounds < 1:
         raise UserError(f"rounds must be at least 1, not {options.rounds}")
@@ -59,122 +59,186 @@ def run(options) -> int:
     print(f"{facts['device']}, {facts['threads']} threads, PyTorch {facts['torch']}")
     check_agreement(config, device)
     providers = make_providers(config, device, compiled=not options.no_compile)
-    bf16 = providers["normatch"].state.bf16
+    bf16 = providers["normatch"].setup.bf16
     print(
         f"{config.method}, {config.backbone}, {config.dataset}: {batch_size} labelled and 2 x {config.uratio} x "
         f"{batch_size} unlabelled views a step; ours in {'bf16' if bf16 else 'fp32'}, channels-last"
     )
-    try:
-        medians = measure(providers, device.type, options.rounds)
+    try:  # three rounds of warm-up, which compile too; the pause keeps workers from preparing views in another's time
+        calls = {name: provider.step for name, provider in providers.items()}
+        seconds = medians(
+            side_by_side(calls, device.type, options.rounds, repeat=1, warmup=3, pause={"published": 0.1})
+        )
         parts = breakdown(config, device, options.rounds)
     finally:
         for provider in providers.values():
             provider.close()
-    best = min((name for name in medians if name.startswith("normatch")), key=medians.get)
+    best = min((name for name in seconds if name.startswith("normatch")), key=seconds.get)
+    rest = {name: 1 - seconds[f"backbone{name.removeprefix('normatch')}"] / seconds[name]
+            for name in seconds if name.startswith("normatch")}  # fmt: skip
+    report(seconds, rest, parts)
+    if options.out:
+        result = {
+            "machine": facts, "method": config.method, "backbone": config.backbone, "dataset": config.dataset,
+            "batch_size": batch_size, "uratio": config.uratio, "bf16": bf16, "rounds": options.rounds,
+            "seconds": seconds, "times_published": seconds["published"] / seconds[best],
+            "share_besides_backbone": rest, "parts": parts,
+        }  # fmt: skip
+        write_json(options.out / "step.json", result)
+        print(f"\n{options.out / 'step.json'}")
+    return 0
+
+
+def report(seconds: dict, rest: dict, parts: dict) -> None:
     print(f"\n  {'a step':<34}{'ms':>10}{'of the published':>18}")
-    for name, median in medians.items():
-        ratio = f"{medians['published'] / median:.2f} x faster" if not name.startswith("backbone") else ""
+    for name, median in seconds.items():
+        ratio = f"{seconds['published'] / median:.2f} x faster" if not name.startswith("backbone") else ""
         print(f"  {name:<34}{1e3 * median:>10.2f}{ratio:>18}")
-    rest = {name: 1 - medians[f"backbone{name.removeprefix('normatch')}"] / medians[name]
-            for name in medians if name.startswith("normatch")}  # fmt: skip
     for name, share in rest.items():
         print(f"  {name}: all but the backbone's forward and backward pass is {100 * share:.1f} % of it")
     total = sum(parts.values())
     print(f"\n  {'where it goes, eager':<34}{'ms':>10}{'share':>18}")
     for name, median in parts.items():
         print(f"  {name:<34}{1e3 * median:>10.2f}{100 * median / total:>16.1f} %")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        result = {
-            "machine": facts, "method": config.method, "backbone": config.backbone, "dataset": config.dataset,
-            "batch_size": batch_size, "uratio": config.uratio, "bf16": bf16, "rounds": options.rounds,
-            "seconds": medians, "times_published": medians["published"] / medians[best],
-            "share_besides_backbone": rest, "parts": parts,
-        }  # fmt: skip
-        (options.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\n{options.out / 'step.json'}")
-    return 0
 
 
-def measure(providers: dict[str, "Provider"], device: str, rounds: int) -> dict[str, float]:
-    """name -> the median seconds of a step; the providers take turns, so that a busy machine hits all alike."""
-    times = {name: [] for name in providers}
-    for round_ in range(rounds + 3):  # the first three warm up, and compile
-        for name, provider in providers.items():
-            took = seconds(provider.step, device)
-            if round_ > 2:
-                times[name].append(took)
-            provider.rest()
-    return {name: statistics.median(found) for name, found in times.items()}
+# ---- the training core: the rest of this file knows nothing of it
+
+
+@dataclass
+class Setup:
+    """A run that is ready for step `first`: its networks, the averaged classifier, and our step, batch -> loss."""
+
+    config: Config
+    classifier: nn.Module
+    flows: nn.ModuleList | tuple
+    averaged: nn.Module
+    bf16: bool
+    batches: Callable[[], Batches]
+    step: Callable[[dict], torch.Tensor]
+    first: int
+
+
+def make_state(config: Config, device: torch.device, first: int = 0) -> State:
+    torch.manual_seed(config.seed)
+    state = State(config, method_class(config.method), device)
+    state.method.train()
+    state.step = first
+    state.clock.fill_(first)
+    return state
+
+
+def set_up(config: Config, device: torch.device, closed=False, mode: str | None = None, first: int = 0) -> Setup:
+    """closed: whether flow heads are in plain PyTorch.   mode: of torch.compile."""
+    state = make_state(config, device, first)
+    method, flows = state.method, getattr(state.method, "flows", ())
+    for i, head in enumerate(flows if closed else ()):
+        flows[i] = ClosedHead(head)
+    update = TrainStep(state, mode)
+
+    def step(batch):
+        state.begin_step()
+        metrics = update([batch])
+        state.meter.add(metrics)
+        return metrics["loss"][0]
+
+    averaged = state.average.module.classifier
+    return Setup(config, method.classifier, flows, averaged, method.bf16, lambda: state.batches(0), step, first)
+
+
+def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, float]:
+    """part -> its median seconds in our eager step, with a synchronization after each part."""
+    state, laps = make_state(config, device), Laps(device.type)
+    method, batches, groups = state.method, state.batches(0), state.method.groups()
+    sgd = Optimizer([group for group in groups if group["optimizer"] == "sgd"])
+    adamw = Optimizer([group for group in groups if group["optimizer"] == "adamw"])
+    try:
+        for turn in range(rounds + 2):
+            if turn == 2:  # after the warm-up
+                laps.times.clear()
+            state.begin_step()
+            laps.start()
+            batch = next(batches)
+            laps.end("data")
+            features, logits = method.classify(batch["images"])
+            laps.end("backbone forward")
+            seen_x, seen_y = (value.detach().requires_grad_() for value in (features, logits))
+            if adamw.trained:
+                laps.start()
+                outputs = [flow(seen_x[: len(batch["y"]) + len(batch["u_y"])].detach()) for flow in method.flows]
+                loss = sum(out.class_log_prob.sum() + out.log_prob.sum() for out in outputs)
+                torch.autograd.grad(loss, adamw.trained)
+                laps.end("flow head, both ways")
+            with mock.patch.object(method, "classify", lambda images, seen=(seen_x, seen_y): seen):
+                loss, metrics = method(batch, state.clock)
+            gradient, *of_flows = torch.autograd.grad(loss, [seen_y, *adamw.trained])
+            laps.end("loss, both ways")
+            of_classifier = torch.autograd.grad(logits, sgd.trained, gradient, allow_unused=True)
+            laps.end("backbone backward")
+            sgd.step(of_classifier)
+            laps.end("SGD")
+            if adamw.trained:
+                adamw.step(of_flows)
+                laps.end("AdamW of the flow")
+            state.average.update()
+            laps.end("average")
+            state.meter.add(metrics)
+            laps.end("metrics")
+            state.step += 1
+    finally:
+        batches.close()
+    parts = medians(laps.times)
+    if adamw.trained:  # the method's forward and backward pass includes the head's
+        parts["loss, both ways"] = max(0.0, parts["loss, both ways"] - parts["flow head, both ways"])
+    return parts
 
 
 # ---- the rivals
 
 
 class Provider:
-    """One formulation of the step, with weights, optimisers and batches of its own."""
+    """One formulation of the step, on batches of its own."""
 
-    def __init__(self, state: ClassifierState, step: Callable[[dict], object], batches, pause: float = 0.0):
-        self.state, self._step, self.batches, self.pause = state, step, batches, pause
+    def __init__(self, setup: Setup, step: Callable[[dict], object], batches=None):
+        self.setup, self._step, self.batches = setup, step, batches or setup.batches()
 
     def step(self):
         self._step(next(self.batches))
-
-    def rest(self):
-        time.sleep(self.pause)  # what works ahead in the background is not to do so in another's time
 
     def close(self):
         self.batches.close()
 
 
+PUBLISHED = {
+    "precision": "fp32", "channels_last": False, "compat": "reference", "augment_backend": "pil", "num_workers": 2,
+}  # fmt: skip
+
+
 def make_providers(config: Config, device: torch.device, compiled: bool) -> dict[str, Provider]:
     """The published step, the closed form, ours, and the backbone alone, eager and compiled."""
-    found = {}
-    state = fresh_state(config.model_copy(update=PUBLISHED), device)
-    views = make_batches(state.draws, 0, config.steps, "pil", device, num_workers=2)
-    found["published"] = Provider(state, published_step(state), views, pause=0.1)
+    setup = set_up(config.model_copy(update=PUBLISHED), device)
+    providers = {"published": Provider(setup, published_step(setup))}
     for suffix, mode in (("", None), (", compiled", "default"))[: 1 + compiled]:
-        for name, close in (("closed form", True), ("normatch", False)):
-            state = fresh_state(config, device)
-            if close:
-                if not state.flows:
-                    continue
-                for flow in state.flows:
-                    flow.__class__ = ClosedHead
-            found[name + suffix] = Provider(state, _our_step(state, mode), state.batches(0))
-        state = fresh_state(config, device)
-        found["backbone" + suffix] = Provider(state, _backbone_step(state, mode), _same(next(state.batches(0))))
-    return found
+        if setup.flows:
+            closed = set_up(config, device, closed=True, mode=mode)
+            providers["closed form" + suffix] = Provider(closed, closed.step)
+        ours = set_up(config, device, mode=mode)
+        providers["normatch" + suffix] = Provider(ours, ours.step)
+        alone = set_up(config, device)
+        providers["backbone" + suffix] = Provider(alone, _backbone_step(alone, mode), _repeat_first(alone.batches()))
+    return providers
 
 
-PUBLISHED = {"precision": "fp32", "channels_last": False, "compat": "reference"}
-
-
-def fresh_state(config: Config, device: torch.device) -> ClassifierState:
-    torch.manual_seed(config.seed)
-    state = ClassifierState(config, device)
-    state.objective.train()
-    return state
-
-
-def _our_step(state: ClassifierState, mode: str | None):
-    step = TrainStep(state, mode)
-
-    def once(batch):
-        state.begin_step()
-        state.meter.add(step([batch]))
-
-    return once
-
-
-def _same(batch):
+def _repeat_first(batches: Batches):
+    batch = next(batches)
+    batches.close()
     while True:
         yield batch
 
 
-def _backbone_step(state: ClassifierState, mode: str | None):
-    """The backbone's forward and backward pass, and nothing else."""
-    backbone, bf16 = state.objective.classifier.backbone, state.bf16
+def _backbone_step(setup: Setup, mode: str | None):
+    """Only the backbone's forward and backward pass."""
+    backbone, bf16 = setup.classifier.backbone, setup.bf16
     parameters = [p for p in backbone.parameters() if p.requires_grad]
 
     def once(batch):
@@ -187,7 +251,12 @@ def _backbone_step(state: ClassifierState, mode: str | None):
 
 
 class ClosedHead(FlowHead):
-    """The flow head in vectorised plain PyTorch."""
+    """A flow head with the parameters of `head`, in vectorized plain PyTorch and without dropout."""
+
+    def __init__(self, head: FlowHead):
+        super().__init__(head.features, head.classes)
+        self.couplings = head.couplings
+        self.means, self.rho, self.mixture_logits = head.prior_parameters()
 
     def forward(self, x):
         values = [value for coupling in self.couplings for value in coupling.tensors()]
@@ -200,7 +269,7 @@ class ClosedHead(FlowHead):
 class PublishedFlow(nn.Module):
     """x: (N, D) -> z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,), as published: full width, with masks.
 
-    Its means, rho and shares are plain tensors, whose gradients nothing clears.
+    Its prior's tensors are not parameters, and their gradients are never cleared.
     """
 
     def __init__(self, head: FlowHead):
@@ -224,49 +293,28 @@ class PublishedFlow(nn.Module):
         self.prior = [value.detach().clone().requires_grad_() for value in head.prior_parameters()]
 
     def forward(self, x):
-        d, logdet = x.shape[1], 0
+        logdet = 0
         for j, net in enumerate(self.layers):
-            mask = torch.zeros(d)
-            mask[slice(d // 2, None) if j % 2 else slice(None, d // 2)] = 1
-            mask = mask.to(x.device)
-            s, t = net(x * mask).chunk(2, 1)
-            s, t = net.gain * s.tanh() * (1 - mask), t * (1 - mask)
-            scale = s.exp()
-            if torch.isnan(scale).any():
-                raise RuntimeError("the scale is not a number")
-            x = x * mask + (x * (1 - mask) + t) * scale * (1 - mask)
-            logdet = logdet + s.sum(1)
-        log_prob = torch.logsumexp(self.class_log_prob(x), 1)  # the density and the logits are computed separately
-        return x, logdet, self.class_log_prob(x), log_prob + logdet
-
-    def class_log_prob(self, z):
-        means, rho, logits = self.prior
-        eye = torch.eye(z.shape[1], device=z.device)
-        normals = [
-            torch.distributions.MultivariateNormal(mean, F.softplus(r) ** 2 * eye)
-            for mean, r in zip(means, rho, strict=True)
-        ]
-        log_prob = torch.stack([normal.log_prob(z) for normal in normals], 1)
-        return log_prob + torch.log(F.softmax(logits, 0) + 1e-6)
+            x, term = published_layer(x, net, net.gain, published_mask(x.shape[1], j, x.device))
+            logdet = logdet + term
+        log_prob = published_mixture(x, *self.prior, eps=1e-6).logsumexp(1)  # separately from the logits, as published
+        return x, logdet, published_mixture(x, *self.prior, eps=1e-6), log_prob + logdet
 
 
-def published_step(state: ClassifierState):
+def published_step(setup: Setup):
     """-> a function of a batch (fp32, made contiguous) that takes the published step and returns its loss."""
-    config, classifier = state.config, state.objective.classifier
-    flow = PublishedFlow(state.flows[0]) if state.flows else None
-    sgd = torch.optim.SGD(
-        decay_groups(classifier, config.weight_decay), lr=config.lr, momentum=0.9, nesterov=True
-    )  # fmt: skip
-    averaged = state.ema.module.classifier
+    config, classifier, averaged = setup.config, setup.classifier, setup.averaged
+    flow = PublishedFlow(setup.flows[0]) if setup.flows else None
+    groups = decay_groups(classifier, config.weight_decay)
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
     if flow:
-        adamw = torch.optim.AdamW(
-            [*flow.parameters(), *flow.prior], lr=config.flow_lr, weight_decay=config.weight_decay
-        )
-    queue, read = [], []
+        trained = [*flow.parameters(), *flow.prior]
+        adamw = torch.optim.AdamW(trained, lr=config.flow_lr, weight_decay=config.weight_decay)
+    queue, read, steps = [], [], itertools.count(setup.first)
 
-    def once(batch):
-        images, y, u_y = batch["images"].contiguous(), batch["y"], batch["u_y"]
-        b, n, groups = len(y), len(u_y), 2 * config.uratio + 1
+    def losses(batch):
+        images, y = batch["images"].contiguous(), batch["y"]
+        b, n, groups = len(y), len(batch["u_y"]), 2 * config.uratio + 1
         features, logits = classifier(interleave(images, groups))
         features, logits = (interleave(value, len(images) // groups) for value in (features, logits))
         logits_x, logits_weak, logits_strong = logits[:b], logits[b : b + n], logits[b + n :]
@@ -290,32 +338,33 @@ def published_step(state: ClassifierState):
             loss_u = (cross_entropy * weight).mean()
             loss_f = F.cross_entropy(flow_x[2], y)
             loss_n = -(flow_u[3] - features.shape[1] * math.log(256)).mean()
-            r = min(state.step // 1024 * 1024 / max(config.warmup_flow, 1), 1)
+            r = min(next(steps) // 1024 * 1024 / max(config.warmup_flow, 1), 1)
             loss = loss_x + config.lambda_u * loss_u
             loss = loss + r * config.lambda_flow * loss_f + r * config.lambda_flow_unsup * loss_n
         else:
-            mask = confidence.ge(config.p_cutoff).float()
-            loss_u = (F.cross_entropy(logits_strong, label, reduction="none") * mask).mean()
+            weight = confidence.ge(config.p_cutoff).float()
+            loss_u = (F.cross_entropy(logits_strong, label, reduction="none") * weight).mean()
             loss = loss_x + config.lambda_u * loss_u
-            weight = mask
+        return loss, loss_x, loss_u, weight.mean(), label.eq(batch["u_y"]).float().mean(), confidence.mean()
+
+    def once(batch):
+        metrics = losses(batch)
         sgd.zero_grad()
         if flow:
             flow.zero_grad()
-        loss.backward()
+        metrics[0].backward()
         sgd.step()
         if flow:
             nn.utils.clip_grad_norm_(flow.parameters(), config.clip)
             adamw.step()
         with torch.no_grad():
-            current, ours = classifier.state_dict(), averaged.state_dict()
+            current, target = classifier.state_dict(), averaged.state_dict()
             for name, _ in averaged.named_parameters():
-                ours[name].copy_(ours[name] * config.ema_decay + (1 - config.ema_decay) * current[name])
+                target[name].copy_(target[name] * config.ema_decay + (1 - config.ema_decay) * current[name])
             for name, _ in averaged.named_buffers():
-                ours[name].copy_(current[name])
-        right = label.eq(u_y).float()
-        read[:] = [value.item() for value in (loss, loss_x, loss_u, weight.mean(), right.mean(), confidence.mean())]
-        state.step += 1
-        return loss.detach()
+                target[name].copy_(current[name])
+        read[:] = [value.item() for value in metrics]
+        return metrics[0].detach()
 
     return once
 
@@ -326,101 +375,20 @@ def interleave(x, size: int):
 
 
 def check_agreement(config: Config, device: torch.device) -> None:
-    """Raises RuntimeError where the three steps do not find the same losses and averages from the same weights on."""
-    config = config.model_copy(
-        update={**PUBLISHED, "batch_size": 8, "dropout": 0.0, "ema_decay": 0.9, "augment_backend": "pil"}
-    )
-    found = {}
+    """Raises RuntimeError unless the three steps have equal losses and averages, starting from the same weights."""
+    same = {**PUBLISHED, "num_workers": 0, "batch_size": 8, "dropout": 0.0, "ema_decay": 0.9}
+    config = config.model_copy(update={**same, "steps": 2**20, "warmup": 0})  # a constant rate
+    results = {}
     for name in ("published", "closed form", "normatch"):
-        state = fresh_state(config, device)
-        state.step = 2048  # the flow losses count
-        state.clock.fill_(state.step)
-        for flow in state.flows if name == "closed form" else ():
-            flow.__class__ = ClosedHead
-        batch, before = next(state.batches(0)), copy.deepcopy(state.ema.module.classifier)
-        if name == "published":
-            step = published_step(state)
-            found[name] = [step(batch).item() for _ in range(2)]
-        else:
-            step = TrainStep(state)
-            found[name] = [step([batch])[0, 0].item() for _ in range(2)]
-        pairs = zip(state.ema.module.classifier.parameters(), before.parameters(), strict=True)
-        found[name].append(sum((after - first).abs().sum() for after, first in pairs).item())
-    # The published negative log-likelihood holds a constant, D ln 256, times r = 0.4 and its weight of about 1e-6.
-    wanted = found["published"]
+        setup = set_up(config, device, closed=name == "closed form", first=2048)  # where the flow losses count
+        batch, before = next(setup.batches()), copy.deepcopy(setup.averaged)
+        step = published_step(setup) if name == "published" else setup.step
+        results[name] = [step(batch).item() for _ in range(2)]
+        pairs = zip(setup.averaged.parameters(), before.parameters(), strict=True)
+        results[name].append(sum((after - first).abs().sum() for after, first in pairs).item())
+    # The published negative log-likelihood has a constant, D ln 256, times r = 0.4 and its weight of about 1e-6.
+    wanted = results["published"]
     if not all(
-        math.isclose(a, b, rel_tol=2e-3) for values in found.values() for a, b in zip(values, wanted, strict=True)
+        math.isclose(a, b, rel_tol=2e-3) for values in results.values() for a, b in zip(values, wanted, strict=True)
     ):
-        raise RuntimeError(f"the steps do not agree: loss, loss after a step, path of the average: {found}")
-
-
-# ---- where the time goes
-
-
-def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, float]:
-    """part -> the median seconds of our eager step that it takes, the device waited for after each."""
-    state = fresh_state(config, device)
-    batches, objective, laps = state.batches(0), state.objective, Laps(device.type)
-    sgd, adamw = state.optimizers["optimizer"], state.optimizers.get("flow_optimizer")
-    flow_parameters = adamw.trained if adamw else []
-    try:
-        for round_ in range(rounds + 2):
-            if round_ == 2:  # the first two warm up
-                laps.times.clear()
-            state.begin_step()
-            laps.start()
-            batch = next(batches)
-            laps.end("data")
-            features, logits = forward(state, batch["images"])
-            laps.end("backbone forward")
-            seen_x, seen_y = (value.detach().float().requires_grad_() for value in (features, logits))
-            if adamw:
-                laps.start()
-                outputs = [flow(seen_x[: len(batch["y"]) + len(batch["u_y"])].detach()) for flow in state.flows]
-                torch.autograd.grad(
-                    sum(out.class_log_prob.sum() + out.log_prob.sum() for out in outputs), flow_parameters
-                )
-                laps.end("flow head, both ways")
-            loss, metrics = objective.method(seen_x, seen_y, batch["y"], batch["u_y"], state.clock)
-            gradient, *of_flows = torch.autograd.grad(loss, [seen_y, *flow_parameters])
-            laps.end("loss, both ways")
-            of_classifier = torch.autograd.grad(logits, sgd.trained, gradient.to(logits.dtype), allow_unused=True)
-            laps.end("backbone backward")
-            sgd.step(of_classifier)
-            laps.end("SGD")
-            if adamw:
-                adamw.step(of_flows)
-                laps.end("AdamW of the flow")
-            state.ema.update(objective)
-            laps.end("average")
-            state.meter.add(torch.stack(list(metrics.values())))
-            laps.end("metrics")
-            state.step += 1
-    finally:
-        batches.close()
-    medians = {name: statistics.median(found) for name, found in laps.times.items()}
-    if adamw:  # the method's forward and backward pass holds the head's
-        medians["loss, both ways"] = max(0.0, medians["loss, both ways"] - medians["flow head, both ways"])
-    return medians
-
-
-class Laps:
-    """Seconds between one call and the next, by name; waits for the device."""
-
-    def __init__(self, device: str):
-        self.device, self.times = device, {}
-
-    def start(self):
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.tick = time.perf_counter()
-
-    def end(self, name: str):
-        before = self.tick
-        self.start()
-        self.times.setdefault(name, []).append(self.tick - before)
-
-
-def forward(state: ClassifierState, images):
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=state.bf16):
-        return state.objective.classifier(images if state.bf16 else images.float())
+        raise RuntimeError(f"the steps do not agree: loss, loss after a step, path of the average: {results}")

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import ops, reference
 from ..augment.draws import View, draw_parameters
 from ..augment.policy import OPS, find_policy
 from ..data import DATASETS, Dataset, load_images
@@ -82,8 +84,6 @@ def contact_sheet(
 
     Captions list the operations of each strong view, with their values.
     """
-    from ..bench.views import views_of  # any backend, by name
-
     if rows < 1 or weak < 0 or strong < 0:
         raise UserError("rows must be at least 1, weak and strong at least 0")
     total = len(dataset.train_x)
@@ -103,6 +103,19 @@ def contact_sheet(
     tiles = np.concatenate(grid, axis=1)
     classes = ["no label" if label < 0 else dataset.classes[label] for label in dataset.train_labels[picked]]
     return _draw(tiles, classes, captions, weak, title)
+
+
+def views_of(images, draws: np.ndarray, policy, seed: int, backend: str, flip: bool, device="cpu") -> torch.Tensor:
+    """images: (M, H, W, 3) uint8, draws: (N, 4) -> (N, 3, H, W) uint8 on the host, by any backend."""
+    if backend == "dali":
+        from ..augment.dali import Views
+
+        ((_, views),) = Views(images, policy, seed, len(draws), [draws], device, flip=flip)
+        return views.cpu().clone()
+    make = ops.augment_views if backend == "native" else reference.augment_views
+    device = torch.device(device if backend == "native" else "cpu")
+    images, draws = torch.from_numpy(images).to(device), torch.from_numpy(draws).to(device)
+    return make(images, draws, policy, seed, dtype=torch.uint8, flip=flip).cpu()
 
 
 def _operations(policy, seed: int, sample: int, strong: int, height: int, width: int) -> list[list[str]]:
