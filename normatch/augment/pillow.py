@@ -81,7 +81,7 @@ def normalize(images: Tensor, mean, std, dtype: torch.dtype = torch.float32) -> 
     """
     mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device)
     std = torch.as_tensor(std, dtype=torch.float32, device=images.device)
-    scaled = images.to(torch.float32) * (1 / (255 * std)) - mean / std
+    scaled = images.to(torch.float32, copy=True).mul_(1 / (255 * std)).sub_(mean / std)  # in place: half the memory
     return scaled.to(dtype).permute(0, 3, 1, 2)
 
 
