@@ -34,7 +34,7 @@ def dataset():
 
 
 def draws_of(dataset, kind, visit):
-    rows = np.random.default_rng(visit).integers(0, len(dataset.train_images), 960)
+    rows = np.random.default_rng(visit).integers(0, len(dataset.train_x), 960)
     return np.stack([rows, rows, np.full(960, visit), np.array(KINDS[kind], np.int64)], 1)
 
 
@@ -43,9 +43,9 @@ def provider_call(name, dataset, kind, policy, dtype):
     settings = (policy, 0, dataset.mean, dataset.std, dtype, dataset.flip)
     if name == "dali":
         endless = (draws_of(dataset, kind, i % 8) for i in range(10**9))
-        views = Views(dataset.train_images, policy, 0, 960, endless, DEVICE, dataset.mean, dataset.std, dataset.flip)
+        views = Views(dataset.train_x, policy, 0, 960, endless, DEVICE, dataset.mean, dataset.std, dataset.flip)
         return lambda: next(views)[1].to(dtype)
-    images = torch.from_numpy(dataset.train_images).to(DEVICE)
+    images = torch.from_numpy(dataset.train_x).to(DEVICE)
     draws = torch.from_numpy(draws_of(dataset, kind, 0)).to(DEVICE)
     make = ops.augment_views if name == "normatch" else reference.augment_views
     return lambda: make(images, draws, *settings)
@@ -61,12 +61,10 @@ def test_augment_views(measure, dataset, kind, dtype, provider):
     fresh = draws_of(dataset, kind, int.from_bytes(os.urandom(3), "little"))
     if provider != "pil":  # agreement first; where DALI's own Equalize was drawn, none is asked for
         name = "native" if provider == "normatch" else "dali"
-        got, want = (
-            views_of(dataset.train_images, fresh, policy, 0, b, dataset.flip, DEVICE).int() for b in (name, "pil")
-        )
+        got, want = (views_of(dataset.train_x, fresh, policy, 0, b, dataset.flip, DEVICE).int() for b in (name, "pil"))
         share = ((got - want).abs() > 1).flatten(1).any(1).float().mean()
         assert share <= (0 if provider == "normatch" else 1.5 / len(OPS)), f"{provider} disagrees"
     call = provider_call(provider, dataset, kind, policy, dtype)
-    moved = 960 * dataset.train_images[0].size * (1 + dtype.itemsize)
+    moved = 960 * dataset.train_x[0].size * (1 + dtype.itemsize)
     group = f"augment_views {kind} {str(dtype).removeprefix('torch.')}"
     measure(group, provider, call, moved, 0, views=960, policy="kekmodel", dataset=dataset.name)

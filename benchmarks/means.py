@@ -11,11 +11,11 @@ import statistics
 from pathlib import Path
 
 import torch
-
-from normatch import make_config
-from normatch.baselines import BASELINES, features
 from normatch.flow_training import FlowState
 from normatch.state import TrainStep
+
+from normatch import make_config
+from normatch.tools.compare import BASELINES, features
 
 RESULTS = Path(__file__).parent / "results" / "means"
 SETS = ("wine", "breast-cancer", "iris", "digits-table")

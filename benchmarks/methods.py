@@ -73,7 +73,7 @@ def baselines(seed: int) -> list[dict]:
     """Logistic regression and label spreading on the pixels, with the labelled images of this seed."""
     dataset = load_dataset("digits")
     split = split_labels(dataset.train_labels, 40, 10, seed)
-    x, test = (images[..., 0].reshape(len(images), -1) / 255 for images in (dataset.train_images, dataset.test_images))
+    x, test = (images[..., 0].reshape(len(images), -1) / 255 for images in (dataset.train_x, dataset.test_x))
     y = dataset.train_labels
     regression = LogisticRegression(max_iter=1000).fit(x[split.labeled], y[split.labeled])
     hidden = np.full_like(y, -1)

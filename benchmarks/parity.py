@@ -28,9 +28,9 @@ def image_sets(data_dir: str | None) -> dict[str, np.ndarray]:
     from normatch.data import load_dataset
 
     rng = np.random.default_rng(0)
-    sets = {"digits": load_dataset("digits").train_images[:150]}
+    sets = {"digits": load_dataset("digits").train_x[:150]}
     if data_dir:
-        sets["CIFAR-10"] = load_dataset("cifar10", data_dir).train_images[:300]
+        sets["CIFAR-10"] = load_dataset("cifar10", data_dir).train_x[:300]
     for size in ((7, 5), (33, 31), (96, 84)):
         sets[f"noise {size[0]}x{size[1]}"] = rng.integers(0, 256, (20, *size, 3), dtype=np.uint8)
     return sets
@@ -80,7 +80,7 @@ def decoded(images: np.ndarray) -> list[str]:
     from normatch.augment.draws import View
     from normatch.augment.policy import POLICIES
     from normatch.bench.views import views_of
-    from normatch.folders import FileImages
+    from normatch.data.folders import FileImages
 
     kinds = {"PNG": {}, "JPEG, 4:2:0": {"quality": 90}, "JPEG, 4:4:4": {"quality": 90, "subsampling": 0}, "WebP": {}}
     lines = ["| files | 32x32, as they are | 96x80 to 32x32 | 24x20 to 32x32 |", "| --- | --- | --- | --- |"]

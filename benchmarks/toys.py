@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from normatch.flow_training import FlowState
+from normatch.state import TrainStep
 from PIL import Image
 from torch import nn
 
 from normatch import make_config, train
-from normatch.flow_training import FlowState
-from normatch.state import TrainStep
 
 RESULTS = Path(__file__).parent / "results" / "toys"
 TWINS = ("moons", "circles", "8gaussians", "pinwheel")  # which also learn from the labelled points alone

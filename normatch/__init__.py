@@ -10,27 +10,17 @@ _PUBLIC = {
     "FlowOutput": "flows",
     "FlowClassifier": "flows",
     "GaussianMixture": "flows",
-    "WideResNet": "backbones",
+    "WideResNet": "methods.backbones",
+    "Method": "methods.base",
     "Config": "config",
     "make_config": "config",
     "UserError": "errors",
-    "train": "trainer",
-    "evaluate": "evaluation",
-    "load": "evaluation",
-    "FlowGMMClassifier": "estimator",
+    "train": "training.trainer",
+    "evaluate": "model",
+    "load": "model",
+    "FlowGMMClassifier": "training.estimator",
 }
-_MODULES = (
-    "ops",
-    "reference",
-    "methods",
-    "augment",
-    "data",
-    "flows",
-    "backbones",
-    "optim",
-    "trainer",
-    "training",
-)
+_MODULES = ("ops", "reference", "augment", "data", "flows", "methods", "training", "model", "config")
 
 __all__ = ["__version__", *_PUBLIC, "ops", "reference"]
 

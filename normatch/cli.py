@@ -8,8 +8,9 @@ import warnings
 from typing import Literal, get_args, get_origin
 
 from . import __version__
-from .config import ALIASES, PRESETS, UNNEEDED_SWITCHES, Config, canonical, make_config
+from .config import METHODS, Config, known_keys, make_config, method_class, preset_text, presets
 from .errors import UserError
+from .published.flags import ALIASES, UNNEEDED_SWITCHES, canonical
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        options = make_parser(arguments[:2]).parse_args(_spell_check(arguments))
+        options = make_parser(arguments).parse_args(_spell_check(arguments))
         return options.run(options)
     except UserError as error:
         print(f"normatch: {' '.join(str(error).split())}", file=sys.stderr)
@@ -54,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
-    """The parser; `words`, the first two arguments, say whose options it needs that only their modules know."""
+    """The parser; `words`, the arguments, say which command's options have to be known."""
     parser = _Parser(prog="normatch", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"normatch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -65,9 +66,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         description="Train a classifier. Keys on the command line win over the file, the file over the preset.",
         allow_abbrev=False,
     )
-    _add_keys(train)
     train.set_defaults(run=_train)
-
     verify = commands.add_parser(
         "verify-resume",
         help="kill -9 a short run at random moments, resume it, and compare its weights bit by bit",
@@ -75,8 +74,14 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     verify.add_argument("--kills", type=int, default=20, help="how often the run is killed (default: 20)")
-    _add_keys(verify)
     verify.set_defaults(run=_verify)
+    for command, name in ((train, "train"), (verify, "verify-resume")):
+        if name in words[:1]:
+            _add_keys(command, words)
+
+    show = commands.add_parser("presets", help="list the presets, or print one to start a configuration file from")
+    show.add_argument("name", nargs="?", metavar="PRESET")
+    show.set_defaults(run=_presets)
 
     evaluate = commands.add_parser("eval", help="accuracy of a run or checkpoint on its test set")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
@@ -108,7 +113,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="what a data set or a folder of yours holds, and a picture of its views")
     if "data" in words[:1]:
-        from . import contact_sheet
+        from .tools import contact_sheet
 
         contact_sheet.data_arguments(data)
         data.set_defaults(run=contact_sheet.data_command)
@@ -136,7 +141,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     benches = bench.add_subparsers(required=True, metavar="{kernels,augment,loader,step}")
     for name in ("kernels", "augment", "loader", "step"):
         one = benches.add_parser(name)
-        if list(words) != ["bench", name]:
+        if list(words[:2]) != ["bench", name]:
             continue
         from .bench import kernels, step, views
 
@@ -154,11 +159,17 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_keys(parser: argparse.ArgumentParser):
-    """Every key of the configuration as a flag, under its own and its published names."""
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: digits)")
+def _add_keys(parser: argparse.ArgumentParser, words: list[str]):
+    """Every key as a flag, under its own and its published names; the help shows those of the chosen method."""
+    chosen = _chosen_method(words)
+    parser.epilog = (
+        f"These are the keys of method {chosen}; --method NAME --help shows another's: {', '.join(METHODS)}."
+    )
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="see `normatch presets` (default: digits)")
     parser.add_argument("--config", metavar="FILE", help="YAML file of `key: value` lines")
-    for name, field in Config.model_fields.items():
+    shown = method_class(chosen).Keys.model_fields
+    for name, users in known_keys().items():
+        field = shown.get(name) or method_class(users[0]).Keys.model_fields[name]
         flags = [f"--{name}", *(f"--{alias}" for alias, ours in ALIASES.items() if ours == name)]
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         is_switch = bool in (field.annotation, *get_args(field.annotation))
@@ -168,9 +179,20 @@ def _add_keys(parser: argparse.ArgumentParser):
             dest=name,
             default=argparse.SUPPRESS,
             metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
-            help=f"{field.description}{default}".replace("%", "%%"),
+            help=f"{field.description}{default}".replace("%", "%%") if name in shown else argparse.SUPPRESS,
             **({"nargs": "?", "const": "true"} if is_switch else {}),  # `--download` alone means `--download true`
         )
+
+
+def _chosen_method(words: list[str]) -> str:
+    """The method that `--help` is about: the one that the arguments name, else that of the preset."""
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name == "--method":
+            chosen = value or "".join(words[i + 1 : i + 2])
+            return chosen if chosen in METHODS else "normatch"
+    preset = presets().get("".join(words[1:2]), {}) if "--help" in words or "-h" in words else {}
+    return preset.get("method", "normatch")
 
 
 def _spell_check(arguments: list[str]) -> list[str]:
@@ -184,7 +206,7 @@ def _spell_check(arguments: list[str]) -> list[str]:
         if not argument.startswith("--") or name in ("", "config", "help", "kills"):
             result.append(argument)
             continue
-        key = canonical(name)
+        key = canonical(name, known_keys())
         if isinstance(key, dict):
             on = value.lower() not in ("false", "0", "no", "off")
             result += [f"--{ours}={implied}" for ours, implied in key.items() if on]
@@ -199,16 +221,18 @@ def _spell_check(arguments: list[str]) -> list[str]:
 
 
 def _config(options, **defaults) -> Config:
-    given = {name: value for name, value in vars(options).items() if name in Config.model_fields}
+    given = {name: value for name, value in vars(options).items() if name in known_keys()}
     return make_config(options.preset, options.config, **{**defaults, **given})
 
 
 def _verify(options) -> int:
-    short = {"steps": 300, "batch_size": 8, "uratio": 2, "eval_every": 10, "device": "cpu"}
+    short = {"steps": 300, "batch_size": 8, "eval_every": 10, "device": "cpu"}
     if options.preset or options.config:
         short = {}
+    elif vars(options).get("method") != "supervised":
+        short["uratio"] = 2
     config = _config(options, out="runs/verify-resume", **short)
-    from .verify import verify_resume
+    from .tools.verify import verify_resume
 
     certificate = verify_resume(config, options.kills)
     print(f"bit-equal after {certificate['kills']} kills: {config.folder}/certificate.json")
@@ -217,8 +241,8 @@ def _verify(options) -> int:
 
 def _train(options) -> int:
     config = _config(options)
-    from . import distributed
-    from .trainer import train  # torch is loaded only once the configuration is known to be right
+    from .methods import distributed
+    from .training.trainer import train
 
     result = train(config)
     if distributed.rank():  # of several processes the first one reports
@@ -237,9 +261,20 @@ def _train(options) -> int:
     return 0
 
 
+def _presets(options) -> int:
+    if options.name:
+        print(preset_text(options.name), end="")
+        return 0
+    width = max(map(len, presets()))
+    for name in presets():
+        comment = preset_text(name).split("\n", 1)[0].removeprefix("# ")
+        print(f"{name:{width}}  {comment}")
+    return 0
+
+
 def _eval(options) -> int:
-    from . import distributed
-    from .evaluation import evaluate
+    from .methods import distributed
+    from .model import evaluate
 
     scores = evaluate(options.checkpoint, options.data_dir, distributed.start(options.device), options.dataset)
     if distributed.rank():
@@ -260,21 +295,21 @@ def _eval(options) -> int:
 
 
 def _convert(options) -> int:
-    from .convert import convert
+    from .tools.convert import convert
 
     print(convert(options.source, options.target, options.dataset))
     return 0
 
 
 def _plot(options) -> int:
-    from .plot import plot
+    from .tools.plot import plot
 
     print(plot(options.runs, options.out))
     return 0
 
 
 def _compare(options) -> int:
-    from .baselines import compare
+    from .tools.compare import compare
 
     keys = {name: getattr(options, name) for name in ("data_dir", "num_labels")}
     given = {name: value for name, value in keys.items() if value is not None}
@@ -283,7 +318,7 @@ def _compare(options) -> int:
 
 
 def _embed(options) -> int:
-    from .tables import embed
+    from .data.tables import embed
 
     print(embed(options.dataset, options.data_dir, options.model))
     return 0
@@ -292,8 +327,8 @@ def _embed(options) -> int:
 def _predict(options) -> int:
     import numpy as np
 
-    from . import distributed
-    from .evaluation import find_images, load
+    from .methods import distributed
+    from .model import find_images, load
 
     model = load(options.checkpoint, distributed.start(options.device), options.dataset)
     kind = "row" if model.image_size is None else "image"
@@ -321,7 +356,7 @@ def _predict(options) -> int:
 
 
 def _info(options) -> int:
-    from .info import info
+    from .tools.info import info
 
     print(info())
     return 0

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from normatch.augment.philox import WORD, philox, split_key
 from normatch.augment.policy import Policy
+from normatch.data.base import standardize
+from normatch.data.philox import WORD, philox, split_key
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -192,8 +193,8 @@ def augment_views(
     flip: bool = True,
 ) -> Tensor:
     """images: (M, H, W, 3) uint8, draws: (N, 4) int64 -> (N, 3, H, W), channels-last: by Pillow, on the host."""
-    from normatch.augment.pillow import make_views, normalize  # the ops do without Pillow
+    from normatch.augment.pillow import make_views  # the ops do without Pillow
 
     views = make_views(images.cpu().numpy(), draws.cpu().numpy(), policy, seed, flip)
     views = torch.from_numpy(views).to(images.device)
-    return views.permute(0, 3, 1, 2) if dtype == torch.uint8 else normalize(views, mean, std, dtype)
+    return views.permute(0, 3, 1, 2) if dtype == torch.uint8 else standardize(views, mean, std, dtype)

@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from normatch.augment.draws import Parameters, View, cutout_box, draw_parameters
-from normatch.augment.philox import philox, random_words
-from normatch.augment.pillow import apply_op, normalize, strong_views, weak_views
+from normatch.augment.pillow import apply_op, strong_views, weak_views
 from normatch.augment.policy import GEOMETRIC, OPS, POLICIES, find_policy, op_values
+from normatch.data import standardize
+from normatch.data.philox import philox, random_words
 from normatch.errors import UserError
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
@@ -167,7 +168,7 @@ def test_normalize_matches_the_recorded_arrays(golden):
     images = torch.from_numpy(data["in/image"])[None]
     for name, (mean, std) in constants.items():
         want = torch.from_numpy(data[f"out/normalize/{name}"])
-        torch.testing.assert_close(normalize(images, mean, std)[0], want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(standardize(images, mean, std)[0], want, rtol=0, atol=2e-6)
 
 
 # ---- Operations beyond the recorded ones
@@ -441,8 +442,8 @@ def test_normalize_is_channels_last_in_any_dtype():
         3, 1, 1
     )
     for dtype in (torch.float32, torch.bfloat16):
-        out = normalize(images, mean, std, dtype)
+        out = standardize(images, mean, std, dtype)
         assert out.shape == (5, 3, 7, 9) and out.dtype == dtype
         assert out.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(out, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(normalize(images, torch.tensor(mean), torch.tensor(std)), normalize(images, mean, std))
+    assert torch.equal(standardize(images, torch.tensor(mean), torch.tensor(std)), standardize(images, mean, std))

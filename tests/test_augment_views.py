@@ -12,10 +12,10 @@ from real_data import CIFAR10
 
 from normatch import ops, reference
 from normatch.augment.draws import View, draw_parameters
-from normatch.augment.philox import random_words
 from normatch.augment.pillow import apply_op
 from normatch.augment.policy import GEOMETRIC, OPS, POLICIES, encode_policy, op_values
 from normatch.data import load_dataset
+from normatch.data.philox import random_words
 
 KEK, LEE, PAPER = POLICIES["kekmodel"], POLICIES["leedoyup"], POLICIES["fixmatch-paper"]
 STRONG, WEAK = int(View.UNLABELED_STRONG), int(View.UNLABELED_WEAK)
@@ -24,9 +24,9 @@ STRONG, WEAK = int(View.UNLABELED_STRONG), int(View.UNLABELED_WEAK)
 @pytest.fixture(scope="module")
 def real():
     """(500, 32, 32, 3): digits, and CIFAR-10's photographs where they are at hand."""
-    images = [load_dataset("digits").train_images[:200]]
+    images = [load_dataset("digits").train_x[:200]]
     if CIFAR10:
-        images.append(load_dataset("cifar10", CIFAR10).train_images[:300])
+        images.append(load_dataset("cifar10", CIFAR10).train_x[:300])
     return torch.from_numpy(np.concatenate(images))
 
 

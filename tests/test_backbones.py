@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from normatch.backbones import Classifier, WideResNet, build_backbone, feature_width, mix
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.backbones import Classifier, WideResNet, build_backbone, feature_width, mix
 from normatch.errors import UserError
 
 # From the table of the recorded files: four times the measured gap between fp32 and fp64 of the published code.

@@ -11,7 +11,7 @@ import torch
 from accuracy import with_kernels
 
 from normatch import ops
-from normatch.info import info
+from normatch.tools.info import info
 
 TESTS = Path(__file__).parent
 EXAMPLE = """
@@ -51,7 +51,7 @@ def test_info_states_the_facts():
 
 
 def test_info_says_how_to_get_dali(monkeypatch):
-    monkeypatch.setattr("normatch.info.importlib.metadata.distributions", lambda: [])
+    monkeypatch.setattr("normatch.tools.info.importlib.metadata.distributions", lambda: [])
     (line,) = [line for line in info().splitlines() if line.startswith("DALI")]
     assert "not installed (pip install nvidia-dali-cuda" in line and "native op" in line
 
@@ -63,7 +63,7 @@ def test_info_never_raises(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", broken)
     monkeypatch.setattr("torch.get_num_threads", broken)
     monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
-    monkeypatch.setattr("normatch.info._version", lambda package: "1.0")
+    monkeypatch.setattr("normatch.tools.info._version", lambda package: "1.0")
     monkeypatch.setattr(ops, "backend", broken)
     text = info()
     assert "unknown (RuntimeError: broken on purpose)" in text

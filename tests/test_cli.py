@@ -83,12 +83,12 @@ def test_eval(run_folder, capsys):
 def test_predict(run_folder, tmp_path, capsys):
     dataset = load_dataset("digits")
     for i in range(3):
-        Image.fromarray(dataset.test_images[i]).save(tmp_path / f"{i}.png")
+        Image.fromarray(dataset.test_x[i]).save(tmp_path / f"{i}.png")
     (tmp_path / "notes.txt").write_text("not an image, and not looked at in a folder")
     capsys.readouterr()
     assert main(["predict", str(run_folder), str(tmp_path), "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    expected = normatch.load(run_folder).predict(dataset.test_images[:3]).tolist()
+    expected = normatch.load(run_folder).predict(dataset.test_x[:3]).tolist()
     assert [int(r["class"]) for r in rows] == expected
     assert [r["image"] for r in rows] == [str(tmp_path / f"{i}.png") for i in range(3)]
     assert main(["predict", str(run_folder), str(tmp_path / "0.png")]) == 0
@@ -97,7 +97,7 @@ def test_predict(run_folder, tmp_path, capsys):
 
 def test_predict_goes_on_after_a_file_that_is_no_image(run_folder, tmp_path, capsys):
     for name in ("a.png", "c.png"):
-        Image.fromarray(load_dataset("digits").test_images[0]).save(tmp_path / name)
+        Image.fromarray(load_dataset("digits").test_x[0]).save(tmp_path / name)
     (tmp_path / "b.png").write_text("not an image")
     capsys.readouterr()
     assert main(["predict", str(run_folder), str(tmp_path)]) == 1
@@ -310,7 +310,7 @@ def test_resuming_into_another_run_is_refused(capsys, run_folder, tmp_path):
 def test_predict_sees_files_as_training_does(run_folder, tmp_path):
     values = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    from normatch.folders import fit, read_image
+    from normatch.data.folders import fit, read_image
 
     model = normatch.load(run_folder)
     array = fit(read_image(tmp_path / "deep.png"), 32)

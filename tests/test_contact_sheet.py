@@ -13,9 +13,9 @@ from real_data import ROOT
 from normatch.augment.draws import View, draw_parameters
 from normatch.augment.pillow import strong_views, weak_views
 from normatch.augment.policy import POLICIES
-from normatch.contact_sheet import contact_sheet, data_arguments, data_command, describe
 from normatch.data import load_dataset
 from normatch.errors import UserError
+from normatch.tools.contact_sheet import contact_sheet, data_arguments, data_command, describe
 
 
 def run(*arguments):
@@ -44,9 +44,9 @@ def test_the_sheet_shows_images_views_and_what_made_them():
     p = draw_parameters(policy, 0, [0, 1], [0, 0], View.UNLABELED_STRONG, 32, 32, strong=True, flip=False)
     weak = draw_parameters(policy, 0, 0, [0], View.UNLABELED_WEAK, 32, 32, strong=False, flip=False)
     first = [
-        digits.train_images[:1],
-        weak_views(digits.train_images[:1], weak, "reflect"),
-        strong_views(digits.train_images[[0, 0]], p, policy),
+        digits.train_x[:1],
+        weak_views(digits.train_x[:1], weak, "reflect"),
+        strong_views(digits.train_x[[0, 0]], p, policy),
     ]
     for cell, tile in zip(found[0], np.concatenate(first), strict=True):
         assert np.array_equal(cell[::3, ::3], tile)
@@ -77,7 +77,7 @@ def test_a_folder_is_checked_and_shown(tmp_path, capsys):
             Image.new("RGB", (10, 12), (i * 9, 100, 50)).save(tmp_path / part / name / f"{i}.png")
     (tmp_path / "unlabeled").mkdir()
     (tmp_path / "unlabeled" / "bad.png").write_text("no image")
-    with pytest.warns(UserWarning, match="1 of 1 unlabelled images"):
+    with pytest.warns(UserWarning, match="1 of 1 unlabeled images"):
         assert run(tmp_path, "--out", tmp_path / "v.png", "--augment", "weak", "--augment_backend", "pil") == 0
     text = capsys.readouterr().out
     for line in ("5 images of 2 classes", "  a 3", "10x12 (7)", "unreadable 1 files", "bad.png: it is not an image",
@@ -128,7 +128,7 @@ def test_a_warning_is_one_line(tmp_path):
     (tmp_path / "unlabeled" / "1.png").write_text("no image")
     command = [sys.executable, "-m", "normatch", "data", str(tmp_path), "--out", str(tmp_path / "v.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    lines = [line for line in done.stderr.splitlines() if "unlabelled" in line]
+    lines = [line for line in done.stderr.splitlines() if "unlabeled" in line]
     assert done.returncode == 0, done.stderr
-    assert len(lines) == 1 and lines[0].startswith("normatch: 1 of 2 unlabelled images in ")
+    assert len(lines) == 1 and lines[0].startswith("normatch: 1 of 2 unlabeled images in ")
     assert "folders.py" not in done.stderr

@@ -15,8 +15,8 @@ from normatch.augment.dali import Views, missing
 from normatch.augment.draws import View
 from normatch.augment.policy import OPS, POLICIES
 from normatch.data import load_dataset, make_split, split_labels
+from normatch.data.folders import FileImages
 from normatch.errors import UserError
-from normatch.folders import FileImages
 from normatch.training.loader import StepViews, choose_backend, make_batches
 
 needs_dali = pytest.mark.skipif(missing() is not None, reason="DALI is not installed")
@@ -27,8 +27,8 @@ EXACT = tuple(op for op in OPS if op != "Equalize")
 
 @pytest.fixture(scope="module")
 def images():
-    photographs = load_dataset("cifar10", CIFAR10).train_images[:60] if CIFAR10 else np.empty((0, 32, 32, 3), np.uint8)
-    return np.concatenate([load_dataset("digits").train_images[:40], photographs])
+    photographs = load_dataset("cifar10", CIFAR10).train_x[:60] if CIFAR10 else np.empty((0, 32, 32, 3), np.uint8)
+    return np.concatenate([load_dataset("digits").train_x[:40], photographs])
 
 
 def draws_of(images, batches=1, view=View.UNLABELED_STRONG):

@@ -1,4 +1,4 @@
-"""Image sets, the labelled split and the order of visits."""
+"""Image sets, the labeled split and the order of visits."""
 
 import hashlib
 import re
@@ -9,10 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from real_data import CIFAR10, MNIST
 
-from normatch.augment.philox import random_words
-from normatch.data import LABELED, UNLABELED, Dataset, Split, load_dataset, make_split, sample_order, split_labels
+from normatch.data import (
+    LABELED,
+    UNLABELED,
+    Dataset,
+    Split,
+    from_arrays,
+    load_dataset,
+    make_split,
+    sample_order,
+    split_labels,
+    standardize,
+)
+from normatch.data.philox import random_words
 from normatch.errors import UserError
 
 
@@ -45,32 +57,32 @@ def fake_cifar(monkeypatch, error=None):
 
 
 def test_digits_are_1297_and_500_images_of_all_classes(digits):
-    assert digits.train_images.shape == (1297, 32, 32, 3) and digits.test_images.shape == (500, 32, 32, 3)
-    assert digits.train_images.dtype == np.uint8 and digits.train_labels.dtype == np.int64
+    assert digits.train_x.shape == (1297, 32, 32, 3) and digits.test_x.shape == (500, 32, 32, 3)
+    assert digits.train_x.dtype == np.uint8 and digits.train_labels.dtype == np.int64
     assert (np.bincount(digits.test_labels) == 50).all()
     assert np.bincount(digits.train_labels).min() == 124
-    assert digits.train_images.min() == 0 and digits.train_images.max() == 255
+    assert digits.train_x.min() == 0 and digits.train_x.max() == 255
     assert not digits.flip and digits.classes == list("0123456789")
 
 
 def test_digits_constants_are_those_of_the_training_images(digits):
-    pixels = digits.train_images / 255
+    pixels = digits.train_x / 255
     assert np.allclose(pixels.mean((0, 1, 2)), digits.mean, atol=5e-5)
     assert np.allclose(pixels.std((0, 1, 2)), digits.std, atol=5e-5)
 
 
 def test_digits_test_images_are_not_in_the_training_set(digits):
-    raw = {image.tobytes() for image in digits.train_images}
-    assert sum(image.tobytes() in raw for image in digits.test_images) == 0
+    raw = {image.tobytes() for image in digits.train_x}
+    assert sum(image.tobytes() in raw for image in digits.test_x) == 0
     again = load_dataset("digits")
-    assert np.array_equal(again.test_images, digits.test_images)
+    assert np.array_equal(again.test_x, digits.test_x)
 
 
 def test_digits_do_not_need_torchvision():
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
         "from normatch.data import load_dataset\n"
-        "assert len(load_dataset('digits').train_images) == 1297\n"
+        "assert len(load_dataset('digits').train_x) == 1297\n"
         "try: load_dataset('cifar10', '.', download=True)\n"
         "except ValueError as error: assert 'torchvision' in str(error), error\n"
         "else: raise AssertionError('no error')\n"
@@ -84,7 +96,7 @@ def test_cifar_comes_through_torchvision(monkeypatch, tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     data = load_dataset("cifar10", tmp_path)
     assert calls == [(str(tmp_path), True, False), (str(tmp_path), False, False)]
-    assert data.train_images.shape == (6, 32, 32, 3) and data.train_labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert data.train_x.shape == (6, 32, 32, 3) and data.train_labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert data.test_labels.dtype == np.int64 and data.classes == ["airplane", "automobile"] and data.flip
     assert data.mean == (0.4914, 0.4822, 0.4465) and data.std == (0.2471, 0.2435, 0.2616)
 
@@ -161,19 +173,13 @@ def test_svhn_with_and_without_extra(monkeypatch, tmp_path):
     (tmp_path / "train_32x32.mat").touch()
     (tmp_path / "extra_32x32.mat").touch()
     plain, more = load_dataset("svhn", tmp_path), load_dataset("svhn+extra", tmp_path)
-    assert plain.train_images.shape == (6, 32, 32, 3) and len(plain.test_images) == 4 and not plain.flip
-    assert more.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203, 204]
-    assert more.train_images[3, 5, 7].tolist() == [3, 4, 3] and more.train_labels.tolist() == [0, 1] * 3 + [
-        0,
-        1,
-        0,
-        1,
-        0,
-    ]
+    assert plain.train_x.shape == (6, 32, 32, 3) and len(plain.test_x) == 4 and not plain.flip
+    assert more.train_x[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203, 204]
+    assert more.train_x[3, 5, 7].tolist() == [3, 4, 3] and more.train_labels.tolist() == [0, 1] * 5 + [0]
     assert plain.mean == plain.std == (0.5, 0.5, 0.5) and len(plain.classes) == 10
 
 
-def test_stl10_has_its_folds_and_its_unlabelled_images(monkeypatch, tmp_path):
+def test_stl10_has_its_folds_and_its_unlabeled_images(monkeypatch, tmp_path):
     fake_parts(monkeypatch, "STL10", {"train": 20, "test": 4, "unlabeled": 30}, 96)
     (tmp_path / "stl10_binary").mkdir()
     with pytest.raises(UserError, match=r"fold_indices\.txt"):
@@ -181,8 +187,8 @@ def test_stl10_has_its_folds_and_its_unlabelled_images(monkeypatch, tmp_path):
     folds = ["3 1 2 0", "7 6 5 4"]
     (tmp_path / "stl10_binary" / "fold_indices.txt").write_text("\n".join(folds) + "\n")
     data = load_dataset("stl10", tmp_path)
-    assert data.train_images.shape == (50, 96, 96, 3) and (data.train_labels[20:] == -1).all()
-    assert data.train_images[25, 3, 4].tolist() == [205, 206, 205]
+    assert data.train_x.shape == (50, 96, 96, 3) and (data.train_labels[20:] == -1).all()
+    assert data.train_x[25, 3, 4].tolist() == [205, 206, 205]
     for seed in range(3):
         split = make_split(data, 4, seed)
         assert split.labeled.tolist() == ([0, 1, 2, 3], [4, 5, 6, 7])[seed % 2] and len(split.unlabeled) == 50
@@ -195,26 +201,64 @@ def test_stl10_as_published(monkeypatch, tmp_path):
     fake_parts(monkeypatch, "STL10", {"train": 8, "test": 2, "unlabeled": 3}, 96)
     (tmp_path / "stl10_binary").mkdir()
     data = load_dataset("stl10", tmp_path, compat="reference")
-    assert data.train_images.shape == (8, 224, 224, 3) and data.test_images.shape[1:] == (224, 224, 3)
+    assert data.train_x.shape == (8, 224, 224, 3) and data.test_x.shape[1:] == (224, 224, 3)
     assert not data.folds and make_split(data, 4, 0).unlabeled.tolist() == list(range(8))
 
 
 @pytest.mark.skipif(MNIST is None, reason="MNIST is not at hand")
 def test_real_mnist():
     data = load_dataset("mnist", MNIST)
-    assert data.train_images.shape == (60_000, 28, 28, 3) and data.test_images.shape == (10_000, 28, 28, 3)
-    assert (data.train_images[..., 0] == data.train_images[..., 2]).all() and data.train_images.flags.c_contiguous
+    assert data.train_x.shape == (60_000, 28, 28, 3) and data.test_x.shape == (10_000, 28, 28, 3)
+    assert (data.train_x[..., 0] == data.train_x[..., 2]).all() and data.train_x.flags.c_contiguous
     assert np.bincount(data.train_labels).min() == 5421 and not data.flip
-    assert abs(data.train_images.mean() / 255 - data.mean[0]) < 5e-5
-    assert abs(data.train_images[:, :, :, 0].std() / 255 - data.std[0]) < 5e-5
+    assert abs(data.train_x.mean() / 255 - data.mean[0]) < 5e-5
+    assert abs(data.train_x[:, :, :, 0].std() / 255 - data.std[0]) < 5e-5
 
 
 @pytest.mark.skipif(CIFAR10 is None, reason="CIFAR-10 is not at hand")
 def test_real_cifar10():
     data = load_dataset("cifar10", CIFAR10)
-    assert data.train_images.shape == (50_000, 32, 32, 3) and data.train_images.flags.c_contiguous
+    assert data.train_x.shape == (50_000, 32, 32, 3) and data.train_x.flags.c_contiguous
     assert (np.bincount(data.train_labels) == 5000).all() and (np.bincount(data.test_labels) == 1000).all()
-    assert np.abs(data.train_images[::10].mean((0, 1, 2)) / 255 - data.mean).max() < 5e-3
+    assert np.abs(data.train_x[::10].mean((0, 1, 2)) / 255 - data.mean).max() < 5e-3
+
+
+# ---- Arrays
+
+
+def test_arrays_of_rows_are_a_data_set():
+    x, y = np.random.default_rng(0).normal(3, 2, (50, 4)), np.arange(50) % 3 - 1
+    data = from_arrays(x, y, x[:9], y[:9], name="mine", columns=tuple("abcd"))
+    assert data.is_table and data.image_size is None and data.classes == ["0", "1"] and data.train_x.dtype == np.float32
+    z = standardize(torch.from_numpy(data.train_x), data.mean, data.std)
+    assert z.mean(0).abs().max() < 1e-6 and (z.std(0, correction=0) - 1).abs().max() < 1e-6
+    assert standardize(torch.from_numpy(x), data.mean, data.std, torch.float64).dtype == torch.float64
+    assert set(y[make_split(data, 0, seed=0).labeled]) == {0, 1}
+    assert from_arrays(x, y, classes="uv").classes == ["u", "v"] and len(from_arrays(x, y).test_x) == 0
+
+
+def test_arrays_of_images_are_a_data_set(digits):
+    gray = from_arrays(digits.train_x[..., 0], digits.train_labels, digits.test_x, digits.test_labels, flip=True)
+    assert not gray.is_table and gray.image_size == 32 and gray.flip and gray.classes == digits.classes
+    assert np.array_equal(gray.train_x, digits.train_x)
+    assert np.allclose((gray.mean, gray.std), (digits.mean, digits.std), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": [0, 1]}, r"5 samples need labels of shape \(5,\), not \(2,\)"),
+        ({"classes": ["a"]}, r"labels must lie in 0\.\.0"),
+        ({"train_x": np.zeros((5, 8, 8, 3))}, "samples must be"),
+        ({"train_x": np.zeros((0, 2)), "train_labels": []}, "no training samples"),
+        ({"train_x": np.ones((5, 2))}, r"2 columns are constant \(0, 1\)"),
+        ({"test_x": np.zeros((1, 3)), "test_labels": [0]}, r"training samples are \(2,\), test samples \(3,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change, message):
+    arrays = {"train_x": np.arange(10).reshape(5, 2), "train_labels": [0, 1, 0, 1, -1], **change}
+    with pytest.raises(UserError, match=message):
+        from_arrays(**arrays)
 
 
 # ---- The split
@@ -245,7 +289,7 @@ def test_split_follows_the_seed():
     assert len(set(splits[0].labeled) & set(splits[2].labeled)) < 10
 
 
-def test_images_without_a_label_are_only_unlabelled():
+def test_images_without_a_label_are_only_unlabeled():
     labels = np.where(np.arange(3000) % 2, LABELS, -1)
     split = split_labels(labels, 40, 10, seed=1)
     assert (labels[split.labeled] >= 0).all() and len(split.unlabeled) == 3000
@@ -254,14 +298,12 @@ def test_images_without_a_label_are_only_unlabelled():
 def test_split_matches_the_recorded_laws(golden):
     data = golden("splits")
     for case in ("c10_40", "c10_250", "c10_4000", "c10_4000_noexp", "auto_small"):
-        labels, settings = (
-            data[f"in/{case}/labels"],
-            {k: int(data[f"in/{case}/{k}"]) for k in ("num_labeled", "seed")},
-        )
+        labels = data[f"in/{case}/labels"]
+        settings = {k: int(data[f"in/{case}/{k}"]) for k in ("num_labeled", "seed")}
         split = split_labels(labels, settings["num_labeled"], 10, settings["seed"])
         assert np.array_equal(np.bincount(labels[split.labeled]), data[f"out/{case}/per_class_unique_counts"])
         assert np.array_equal(split.unlabeled, np.arange(data[f"out/{case}/unlabeled_len"]))
-        # Where the published list is tiled, every labelled image comes equally often in one pass: so here.
+        # Where the published list is tiled, every labeled image comes equally often in one pass: so here.
         n = len(split.labeled)
         order = sample_order(n, settings["seed"], LABELED, 0, int(data[f"out/{case}/labeled_len"]))
         assert (np.bincount(order, minlength=n) == data[f"out/{case}/multiplicity"]).all()
@@ -306,10 +348,7 @@ def test_a_changed_or_broken_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (
-            {"num_labels": 45},
-            "num_labels 45 is not divisible by the 10 classes: the nearest possible is 40 or 50",
-        ),
+        ({"num_labels": 45}, "num_labels 45 is not divisible by the 10 classes: the nearest possible is 40 or 50"),
         ({"num_labels": 0}, "nearest possible is 10$"),
         ({"num_labels": -5}, "nearest possible is 10$"),
         ({"num_labels": 40, "num_val": 3}, "num_val 3 is not divisible.*0 or 10"),
@@ -339,7 +378,7 @@ def data_with(labels, **more):
 def test_all_labels_there_are_may_be_unbalanced():
     split = make_split(data_with([0, 0, 0, 1, -1, -1]), 0, seed=0)
     assert split.labeled.tolist() == [0, 1, 2, 3] and split.unlabeled.tolist() == list(range(6))
-    with pytest.raises(UserError, match="class 'b' has no labelled image"):
+    with pytest.raises(UserError, match="class 'b' has no labeled image"):
         make_split(data_with([0, 0, -1]), 0, seed=0)
 
 

@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
+from normatch.distributed import synchronize_batch_norm
+from normatch.evaluation import evaluate
+from normatch.run import load_checkpoint
 from real_data import ROOT
 from torch import nn
 
-from normatch.distributed import synchronize_batch_norm
 from normatch.errors import UserError
-from normatch.evaluation import evaluate
-from normatch.run import load_checkpoint
 
 KEYS = ["--backbone", "wrn-10-1", "--batch_size", "8", "--uratio", "2", "--steps", "50", "--eval_every", "25"]
 KEYS += ["--log_every", "1", "--device", "cpu", "--dropout", "0", "--sync_bn", "--progress", "false"]

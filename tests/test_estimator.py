@@ -9,7 +9,7 @@ from sklearn.datasets import load_iris, load_wine, make_moons
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from normatch import FlowGMMClassifier
-from normatch.tables import load_table
+from normatch.data import load_dataset
 
 # What does not apply: scikit-learn's own semi-supervised estimators are exempted from the first by name.
 EXCEPTIONS = {"check_classifiers_classes": "its labels are -1 and 1, but -1 means unlabelled"}
@@ -32,7 +32,7 @@ def few_labels(X, y, per_class, seed=0):
 
 
 def test_unlabelled_rows_teach_it_the_moons():
-    moons = load_table("moons")
+    moons = load_dataset("moons")
     X, y, labeled = moons.train_x, moons.train_labels, moons.folds[0]
     partly = np.full(1000, -1)
     partly[labeled] = y[labeled]

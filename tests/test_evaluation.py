@@ -64,7 +64,7 @@ def test_scores_of_a_run(run):
     assert scores["test_accuracy"] == run.test_accuracy
     assert scores["test_accuracy_flow"] == run.summary["test_accuracy_flow"]
     data = load_dataset("digits")
-    predicted = normatch.load(run.out).predict(data.test_images).numpy()
+    predicted = normatch.load(run.out).predict(data.test_x).numpy()
     for k, (name, score) in enumerate(scores["per_class"].items()):
         assert name == data.classes[k]
         assert score == pytest.approx(100 * (predicted[data.test_labels == k] == k).mean())
@@ -76,7 +76,7 @@ def test_scores_of_a_run(run):
 def test_a_class_without_images_is_left_out_of_the_mean(run, monkeypatch, capsys):
     data = load_dataset("digits")
     some = data.test_labels != 4
-    fewer = dataclasses.replace(data, test_images=data.test_images[some], test_labels=data.test_labels[some])
+    fewer = dataclasses.replace(data, test_x=data.test_x[some], test_labels=data.test_labels[some])
     monkeypatch.setattr(evaluation, "load_dataset", lambda *_: fewer)
     scores = normatch.evaluate(run.out)
     assert scores["per_class"]["4"] is None

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normatch import FlowHead, ops, reference
-from normatch.augment.philox import philox, split_key
+from normatch.data.philox import philox, split_key
 
 # rows, features, classes, hidden units, couplings
 SIZES = [

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from real_data import MNIST, ROOT
 
-from normatch import evaluate, folders, train
-from normatch.data import load_dataset, make_split
+from normatch import evaluate, train
+from normatch.data import folders, load_dataset, make_split
+from normatch.data.folders import check, fit, read_image
 from normatch.errors import UserError
-from normatch.folders import check, fit, read_image
 from normatch.training.loader import StepViews, make_batches
 
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def put(path, image=None, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of different brightness, four images of each, unlabelled ones in sub-folders, and a test set."""
+    """Two classes of different brightness, four images of each, unlabeled ones in sub-folders, and a test set."""
     for number, name in enumerate(("cat", "dog")):
         for i in range(4):
             put(tmp_path / "train" / name / f"{i}.png", picture(60 + 100 * number))
@@ -61,10 +61,10 @@ def one_line(raised):
 
 def test_a_folder_is_a_data_set(folder):
     data = load(folder)
-    assert data.classes == ["cat", "dog"] and data.train_images.shape == (14, 12, 12, 3)
+    assert data.classes == ["cat", "dog"] and data.train_x.shape == (14, 12, 12, 3)
     assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [-1] * 6 and data.test_labels.tolist() == [0, 1]
-    assert data.train_images[:4].mean() < 100 < data.train_images[4:8].mean()
-    pixels = data.train_images / 255
+    assert data.train_x[:4].mean() < 100 < data.train_x[4:8].mean()
+    pixels = data.train_x / 255
     assert np.allclose(pixels.mean((0, 1, 2)), data.mean, atol=1e-4)
     assert np.allclose(pixels.std((0, 1, 2)), data.std, atol=1e-4)
     split = make_split(data, 4, seed=0)
@@ -87,10 +87,10 @@ def test_validation_images_stand_in_for_missing_test_images(folder):
 
 
 def test_sizes_are_brought_together(folder):
-    assert load(folder, image_size=20).train_images.shape[1:] == (20, 20, 3)
+    assert load(folder, image_size=20).train_x.shape[1:] == (20, 20, 3)
     put(folder / "train" / "cat" / "wide.png", picture(size=(61, 30)))
     put(folder / "train" / "cat" / "tall.png", picture(size=(1, 90)))
-    assert load(folder).train_images.shape[1:] == (16, 16, 3)  # the median of the shorter sides, in eights
+    assert load(folder).train_x.shape[1:] == (16, 16, 3)  # the median of the shorter sides, in eights
     for size in ((7, 3), (3, 7), (1, 1), (9, 9)):
         assert fit(picture(size=size), 8).shape == (8, 8, 3)
     middle = Image.fromarray(np.repeat(np.array([[[0], [200], [0]]], np.uint8), 3, axis=2).repeat(9, 0).repeat(9, 1))
@@ -162,7 +162,7 @@ def test_a_table_is_a_data_set(folder):
     assert data.classes == ["cat", "dog"]
     assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [-1] * 3 and data.test_labels.tolist() == [0, 1]
     files = load(folder)
-    assert np.array_equal(data.train_images[:8], files.train_images[:8])
+    assert np.array_equal(data.train_x[:8], files.train_x[:8])
 
 
 def test_columns_go_by_many_names_and_labels_by_numbers(folder):
@@ -242,7 +242,7 @@ def test_a_missing_or_binary_table(tmp_path):
     with pytest.raises(UserError, match=r"neither train\.csv nor train\.parquet"):
         load(tmp_path, "csv")
     (tmp_path / "data.csv").write_bytes(b"\xff\xfe\x00\x80\x81")
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match="cannot be read as a CSV file"):
         load(tmp_path / "data.csv", "csv")
 
 
@@ -283,7 +283,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_labelled_files_are_named(folder, name):
+def test_damaged_labeled_files_are_named(folder, name):
     make, reason = DAMAGE[name]
     make(folder / "train" / "dog" / name)
     with pytest.raises(UserError, match=f"dog.{name} cannot be read: .*{reason}") as raised:
@@ -291,23 +291,23 @@ def test_damaged_labelled_files_are_named(folder, name):
     one_line(raised)
 
 
-def test_damaged_unlabelled_files_are_counted_and_left_out(folder):
+def test_damaged_unlabeled_files_are_counted_and_left_out(folder):
     for name, (make, _) in DAMAGE.items():
         make(folder / "unlabeled" / name)
     (folder / "unlabeled" / "gone.png").symlink_to(folder / "nowhere.png")
-    with pytest.warns(UserWarning, match=r"8 of 14 unlabelled images in .* cannot be read and are left out") as caught:
+    with pytest.warns(UserWarning, match=r"8 of 14 unlabeled images in .* cannot be read and are left out") as caught:
         data = load_dataset("folder", folder)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
     assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [-1] * 6
-    assert data.train_images[8:].std() > 0
+    assert data.train_x[8:].std() > 0
     split = make_split(data, 8, seed=0)
     (batch,) = make_batches(StepViews(data, split, "kekmodel", 0, 2, 3), 0, 1)
     assert batch["images"].shape == (14, 3, 12, 12)
 
 
-def test_unlabelled_rows_without_a_file_are_counted(folder):
+def test_unlabeled_rows_without_a_file_are_counted(folder):
     rows = [*ROWS, "unlabeled/none.jpg,,", "unlabeled/nothing.jpg,-1,"]
-    with pytest.warns(UserWarning, match=r"2 of 5 unlabelled images .*line 15: there is no such file"):
+    with pytest.warns(UserWarning, match=r"2 of 5 unlabeled images .*line 15: there is no such file"):
         data = load_dataset("csv", table(folder, rows))
     assert len(data.train_labels) == 11
 
@@ -365,12 +365,12 @@ def test_a_run_is_evaluated_as_it_was_trained(folder, monkeypatch):
         result = train(**arguments, in_memory=in_memory, out=str(folder / f"run{in_memory}"))
         scores = evaluate(folder / f"run{in_memory}")
         assert scores["test_accuracy"] == result.test_accuracy
-        assert isinstance(given[-1].train_images, np.ndarray) == in_memory
+        assert isinstance(given[-1].train_x, np.ndarray) == in_memory
 
 
 def test_rows_of_files_are_rows_of_the_array(folder):
-    files = load_dataset("folder", folder, in_memory=False).train_images
-    images = load_dataset("folder", folder).train_images
+    files = load_dataset("folder", folder, in_memory=False).train_x
+    images = load_dataset("folder", folder).train_x
     assert files.shape == images.shape and files.nbytes == images.nbytes and len(files) == len(images)
     for rows in (3, slice(1, 9, 2), np.array([5, 0, 5]), np.arange(14) % 2 == 0):
         assert np.array_equal(files[rows], images[rows])
@@ -400,9 +400,9 @@ def test_a_set_larger_than_memory_says_how_to_go_on(folder, monkeypatch):
 
 
 LAYOUTS = {
-    "empty folder": (empty, "has no folder train .it is empty.: put labelled images in train/CLASS/"),
-    "no train": (without("train"), "has no folder train .it holds test, unlabeled.: put labelled"),
-    "no classes": (lambda f: empty(f / "train"), "no labelled training image: at least two classes"),
+    "empty folder": (empty, "has no folder train .it is empty.: put labeled images in train/CLASS/"),
+    "no train": (without("train"), "has no folder train .it holds test, unlabeled.: put labeled"),
+    "no classes": (lambda f: empty(f / "train"), "no labeled training image: at least two classes"),
     "one class": (without("train/dog", "test/dog"), "only the class 'cat': at least two classes are needed"),
     "class without images": (lambda f: empty(f / "train" / "dog"), "class 'dog' has no image"),
     "no test images": (without("test"), "neither test nor val images"),
@@ -463,13 +463,13 @@ def test_a_folder_of_mnist_images_trains(tmp_path):
     mnist = load_dataset("mnist", MNIST)
     for i in range(300):
         place = tmp_path / ("unlabeled" if i >= 100 else f"train/{mnist.train_labels[i]}")
-        put(place / f"{i}.png", Image.fromarray(mnist.train_images[i, :, :, 0]))
+        put(place / f"{i}.png", Image.fromarray(mnist.train_x[i, :, :, 0]))
     for i in range(50):
-        put(tmp_path / "test" / str(mnist.test_labels[i]) / f"{i}.png", Image.fromarray(mnist.test_images[i, :, :, 0]))
+        put(tmp_path / "test" / str(mnist.test_labels[i]) / f"{i}.png", Image.fromarray(mnist.test_x[i, :, :, 0]))
     data = load(tmp_path)
-    assert data.train_images.shape == (300, 28, 28, 3) and (data.train_labels == -1).sum() == 200
+    assert data.train_x.shape == (300, 28, 28, 3) and (data.train_labels == -1).sum() == 200
     assert data.classes == list("0123456789")
-    assert np.array_equal(np.sort(data.train_images.sum((1, 2, 3))), np.sort(mnist.train_images[:300].sum((1, 2, 3))))
+    assert np.array_equal(np.sort(data.train_x.sum((1, 2, 3))), np.sort(mnist.train_x[:300].sum((1, 2, 3))))
     code = (
         "import sys, normatch\n"
         f"r = normatch.train(dataset='folder', data_dir={str(tmp_path)!r}, num_labels=10, batch_size=4, uratio=2,\n"
@@ -485,6 +485,6 @@ def test_mini_imagenet_is_class_folders_at_84_pixels(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("data")
     (place / "mini-imagenet").symlink_to(folder)
     data, published = (load_dataset("miniimagenet", place, compat=compat) for compat in ("none", "reference"))
-    assert data.name == "miniimagenet" and data.train_images.shape == (14, 84, 84, 3) and data.classes == ["cat", "dog"]
+    assert data.name == "miniimagenet" and data.train_x.shape == (14, 84, 84, 3) and data.classes == ["cat", "dog"]
     assert data.mean == published.mean == (0.485, 0.456, 0.406) and data.flip
     assert (data.std[1], published.std[1]) == (0.224, 0.84)  # the published code's misprint, on request

@@ -14,9 +14,9 @@ from real_data import ROOT
 from normatch import ops
 from normatch.augment import native
 from normatch.augment.draws import View, draw_parameters
-from normatch.augment.pillow import StepImages, make_loader, normalize, strong_views, weak_views
+from normatch.augment.pillow import StepImages, make_loader, strong_views, weak_views
 from normatch.augment.policy import POLICIES
-from normatch.data import LABELED, Dataset, load_dataset, split_labels
+from normatch.data import LABELED, Dataset, load_dataset, split_labels, standardize
 from normatch.errors import UserError
 from normatch.training.loader import StepViews, choose_backend, make_batches
 
@@ -149,7 +149,7 @@ def test_views_are_those_of_the_stated_counter(dataset):
     }
     for key, (view, index, visit) in kinds.items():
         p = draw_parameters(policy, 3, visit, index, view, 32, 32, strong=key == "u_strong")
-        images = dataset.train_images[index]
+        images = dataset.train_x[index]
         want = strong_views(images, p, policy) if key == "u_strong" else weak_views(images, p, "reflect")
         assert np.array_equal(batch[key], want), key
 
@@ -167,7 +167,7 @@ def test_digits_are_never_mirrored():
     batch = steps[0]
     # An unmirrored weak view keeps the image's inside; a shift by at most four pixels finds it again.
     for view, index in zip(batch["u_weak"].numpy(), batch["u_index"].tolist(), strict=True):
-        inside = digits.train_images[index][4:-4, 4:-4]
+        inside = digits.train_x[index][4:-4, 4:-4]
         assert any(np.array_equal(view[i : i + 24, j : j + 24], inside) for i in range(9) for j in range(9))
 
 
@@ -235,7 +235,7 @@ def test_batches_are_the_normalised_step_views(dataset):
     for step, batch in enumerate(make_batches(steps, 0, 3)):
         plain = steps[step]
         images = torch.cat([plain["x"], plain["u_weak"], plain["u_strong"]])
-        assert torch.equal(batch["images"], normalize(images, dataset.mean, dataset.std))
+        assert torch.equal(batch["images"], standardize(images, dataset.mean, dataset.std))
         assert all(torch.equal(batch[key], plain[key]) for key in ("y", "u_y", "u_index"))
 
 
@@ -274,14 +274,14 @@ def test_the_images_are_in_memory_once(dataset):
     steps = views(dataset)
     batches = make_batches(steps, 0, 2, backend="native")
     first = next(batches)["images"].clone()
-    saved = dataset.train_images.copy()
+    saved = dataset.train_x.copy()
     try:
-        dataset.train_images[:] = 0
+        dataset.train_x[:] = 0
         assert not torch.equal(next(iter(make_batches(steps, 0, 1)))["images"], first)
-        black = normalize(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), dataset.mean, dataset.std)
+        black = standardize(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), dataset.mean, dataset.std)
         assert (next(batches)["images"][:8] == black).all()
     finally:
-        dataset.train_images[:] = saved
+        dataset.train_x[:] = saved
 
 
 MEASURE = """
@@ -334,9 +334,9 @@ def test_fifty_thousand_images_take_their_154_megabytes_once(backend, workers):
 def test_read_only_images_are_fine(dataset):
     from dataclasses import replace
 
-    frozen = dataset.train_images.copy()
+    frozen = dataset.train_x.copy()
     frozen.flags.writeable = False
-    same = replace(dataset, train_images=frozen)
+    same = replace(dataset, train_x=frozen)
     assert torch.equal(
         next(make_batches(views(same), 0, 1))["images"], next(make_batches(views(dataset), 0, 1))["images"]
     )

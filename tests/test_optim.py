@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from normatch.classifier import ClassifierState, FlowOptimizer
+from normatch.optim import EMA, SGD, AdamW, cosine_7_16, decay_groups
+from normatch.state import TrainStep
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.classifier import ClassifierState, FlowOptimizer
 from normatch.config import make_config
 from normatch.flows import FlowHead
-from normatch.optim import EMA, SGD, AdamW, cosine_7_16, decay_groups
-from normatch.state import TrainStep
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-12), (torch.float32, 4 * 3e-7)])

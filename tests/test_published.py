@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN_FOLDERS
+from normatch.backbones import Classifier, build_backbone
+from normatch.evaluation import build_model
 from torch import nn
 
 import normatch
 from normatch import published
-from normatch.backbones import Classifier, build_backbone
 from normatch.cli import main
-from normatch.convert import convert
 from normatch.errors import UserError
-from normatch.evaluation import build_model
 from normatch.flows import FlowHead
+from normatch.tools.convert import convert
 
 needs_safetensors = pytest.mark.skipif(not find_spec("safetensors"), reason="the package safetensors is not installed")
 SUFFIXES = [".pt", pytest.param(".safetensors", marks=needs_safetensors)]

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from normatch.classifier import ClassifierState
+from normatch.state import Meter, TrainStep
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normatch.classifier import ClassifierState
 from normatch.config import make_config
-from normatch.state import Meter, TrainStep
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
 

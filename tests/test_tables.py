@@ -2,10 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
-from normatch.data import load_dataset, make_split
+from normatch.data import TABLES, load_dataset, make_split, standardize
+from normatch.data.base import Request
+from normatch.data.tables import read_texts
 from normatch.errors import UserError
-from normatch.tables import TABLES, load_table, read_texts
+
+
+def standardized(table):
+    return standardize(torch.from_numpy(table.train_x), table.mean, table.std).numpy()
 
 
 @pytest.mark.parametrize(
@@ -25,12 +31,12 @@ def test_toys_have_their_published_points_and_labels(name, rows, counts):
     assert np.bincount(labels).tolist() == counts
     for label, expected in rows.items():
         assert split.labeled[labels == label].tolist() == expected
-    assert np.array_equal(toy.standardized(toy.train_x), toy.train_x)  # in their own units
+    assert np.array_equal(standardized(toy), toy.train_x)  # in their own units
     assert np.array_equal(load_dataset(name).train_x, toy.train_x)
 
 
 def test_eight_gaussians_are_eight_clusters_each_with_a_label():
-    toy = load_table("8gaussians")
+    toy = load_dataset("8gaussians")
     angle = np.round(np.arctan2(*toy.train_x.T[::-1]) / (np.pi / 4)).astype(int) % 8
     centre = 2.83 * np.stack([np.cos(angle * np.pi / 4), np.sin(angle * np.pi / 4)], 1)
     assert abs((toy.train_x - centre).std() - 0.35) < 0.01
@@ -40,8 +46,8 @@ def test_eight_gaussians_are_eight_clusters_each_with_a_label():
 
 @pytest.mark.parametrize(("name", "shape"), [("digits-table", (1297, 61)), ("wine", (142, 13)), ("iris", (120, 4))])
 def test_bundled_tables_are_standardised_and_without_constant_columns(name, shape):
-    table = load_table(name)
-    x = table.standardized(table.train_x)
+    table = load_dataset(name)
+    x = standardized(table)
     assert x.shape == shape and x.dtype == np.float32
     assert np.abs(x.mean(0)).max() < 1e-4 and np.abs(x.std(0) - 1).max() < 1e-4
 
@@ -52,7 +58,7 @@ def test_a_picture_is_dense_where_it_is_dark(tmp_path):
     pixels = np.full((40, 40), 255, np.uint8)
     pixels[:20, 20:] = 0  # dark in the upper right
     Image.fromarray(pixels).save(tmp_path / "corner.png")
-    x = load_table("picture", tmp_path / "corner.png").train_x
+    x = load_dataset("picture", tmp_path / "corner.png").train_x
     assert ((x > -0.3).all(1)).mean() > 0.99 and x.max() > 3.5
 
 
@@ -70,27 +76,27 @@ def test_texts_are_embedded_and_those_of_the_test_left_out(tmp_path):
     lines = [f'{label + 1},"{t}"\n' for label, t in zip(labels, texts, strict=True)]
     (folder / "train.csv").write_text("label,content\n" + "".join(lines))
     (folder / "test.csv").write_text(f'"1","A title","{texts[0]}"\n' + "".join(lines[200:204]))
-    assert len(read_texts("ag-news", tmp_path)[0]) == 240 - 5
+    assert len(read_texts(Request("ag-news", tmp_path))[0]) == 240 - 5
     with pytest.raises(UserError, match="hold few words"):  # 64 dimensions need more of them
-        load_table("ag-news", tmp_path)
+        load_dataset("ag-news", tmp_path)
 
     np.savez(folder / "embeddings.npz", train=rng.randn(235, 7), test=rng.randn(5, 7))
-    assert load_table("ag-news", tmp_path).train_x.shape == (235, 7)
+    assert load_dataset("ag-news", tmp_path).train_x.shape == (235, 7)
     np.savez(folder / "embeddings.npz", train=rng.randn(9, 7), test=rng.randn(5, 7))
     with pytest.raises(UserError, match="of other texts"):
-        load_table("ag-news", tmp_path)
+        load_dataset("ag-news", tmp_path)
     (folder / "train.csv").write_text("label,content\n7,who knows\n")
     with pytest.raises(UserError, match="row 2: it must begin with a class, 1 to 4"):
-        load_table("ag-news", tmp_path)
+        load_dataset("ag-news", tmp_path)
 
 
 def test_miniboone_reads_both_layouts(tmp_path):
     rng = np.random.RandomState(0)
     np.save(tmp_path / "miniboone_maf.npy", rng.randn(50, 43))
-    assert load_table("miniboone", tmp_path).classes == ["signal"]
+    assert load_dataset("miniboone", tmp_path).classes == ["signal"]
     rows = "\n".join(" ".join(f"{v:.4f}" for v in row) for row in rng.randn(70, 50))
     (tmp_path / "MiniBooNE_PID.txt").write_text(f" 30 40\n{rows}\n")
-    table = load_table("miniboone", tmp_path)
+    table = load_dataset("miniboone", tmp_path)
     assert len(table.train_x) + len(table.test_x) == 60  # as many of each class
     assert np.bincount(np.concatenate([table.train_labels, table.test_labels])).tolist() == [30, 30]
 
@@ -101,7 +107,7 @@ def test_hepmass_drops_features_that_repeat_a_value(tmp_path):
         x = rng.randn(400, columns)
         x[:, 0], x[:, 5] = rng.randint(2, size=400), rng.randint(3, size=400)
         (tmp_path / name).write_text("names\n" + "\n".join(",".join(map(repr, map(float, row))) for row in x) + "\n")
-    table = load_table("hepmass", tmp_path)
+    table = load_dataset("hepmass", tmp_path)
     assert table.train_x.shape[1] == table.test_x.shape[1] == 27
     assert 50 < len(table.train_x) < 110 and 2 < len(table.test_x) < 40
 
@@ -110,10 +116,10 @@ def write(path, *rows):
     path.write_bytes("\n".join((*rows, "")).encode(errors="surrogateescape"))
 
 
-def test_an_own_table_is_read_with_its_unlabelled_rows(tmp_path):
+def test_an_own_table_is_read_with_its_unlabeled_rows(tmp_path):
     write(tmp_path / "train.csv", "\ufeffa,label,b", "1,yes,2", "2,,3", "0.5,no,9", "3,-1,4")  # as Excel saves it
     write(tmp_path / "test.csv", "a,label,b", "1,yes,2", "7,no,8")
-    table = load_table("table", tmp_path)
+    table = load_dataset("table", tmp_path)
     assert table.classes == ["no", "yes"] and table.train_labels.tolist() == [1, -1, 0, -1]
     assert table.train_x.tolist() == [[1, 2], [2, 3], [0.5, 9], [3, 4]] and table.test_labels.tolist() == [1, 0]
     assert make_split(table, 0, seed=0).labeled.tolist() == [0, 2]
@@ -130,19 +136,19 @@ def test_an_own_table_is_read_with_its_unlabelled_rows(tmp_path):
         (["a,b,label", "1,2,caf\udce9"], "cannot be read as a CSV file: 'utf-8' codec"),
         (["a,b,label", "1,nan,x", "2,3,y"], "NaN or infinite features, the first is row 2, column b"),
         (["a,b,label", "1,5,x", "2,5,y"], r"1 columns are constant \(b\)"),
-        (["a,b,label", "1,5,", "2,6,"], "no labelled row"),
+        (["a,b,label", "1,5,", "2,6,"], "no labeled row"),
     ],
 )
 def test_a_mistake_in_an_own_table_is_one_line(tmp_path, rows, message):
     write(tmp_path / "train.csv", *rows)
     with pytest.raises(UserError, match=message):
-        load_table("table", tmp_path)
+        load_dataset("table", tmp_path)
 
 
 def test_what_is_not_there_is_said(tmp_path):
     for name in ("miniboone", "hepmass", "ag-news", "yahoo"):
         with pytest.raises(UserError, match=f"{name} is not in"):
-            load_table(name, tmp_path)
+            load_dataset(name, tmp_path)
     with pytest.raises(UserError, match="did you mean 'moons'"):
         load_dataset("moon")
     assert len(set(TABLES)) == len(TABLES)

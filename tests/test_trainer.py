@@ -8,20 +8,20 @@ import signal
 import pytest
 import torch
 import yaml
+from normatch.classifier import ClassifierState
+from normatch.run import Run, check_same_run, load_checkpoint, write_text
+from normatch.state import TrainStep
 from real_data import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import normatch
-import normatch.convert
+import normatch.tools.convert
 from normatch import distributed
-from normatch.classifier import ClassifierState
 from normatch.config import make_config
 from normatch.data import Split
 from normatch.errors import UserError
-from normatch.run import Run, check_same_run, load_checkpoint, write_text
-from normatch.state import TrainStep
-from normatch.verify import same
+from normatch.tools.verify import same
 
 TINY = {
     "backbone": "wrn-10-1",
@@ -249,7 +249,7 @@ def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch)
 
 def test_training_does_not_go_on_from_a_converted_checkpoint(tmp_path):
     normatch.train(tiny(tmp_path / "run", steps=2))
-    converted = normatch.convert.convert(tmp_path / "run", tmp_path / "new.pt")
+    converted = normatch.tools.convert.convert(tmp_path / "run", tmp_path / "new.pt")
     with pytest.raises(UserError, match="converted"):
         normatch.train(tiny(tmp_path / "more", steps=2, resume=str(converted)))
 
@@ -395,10 +395,10 @@ def test_a_loaded_model_is_the_averaged_one(tmp_path):
     result = normatch.train(tiny(tmp_path / "run", steps=20, ema_decay=0.5))
     model = normatch.load(tmp_path / "run")
     dataset = normatch.data.load_dataset("digits")
-    predicted = model.predict(dataset.test_images)
+    predicted = model.predict(dataset.test_x)
     accuracy = 100 * (predicted.numpy() == dataset.test_labels).mean()
     assert accuracy == pytest.approx(result.test_accuracy)
-    x = normatch.augment.pillow.normalize(torch.from_numpy(dataset.test_images[:5]), model.mean, model.std)
+    x = normatch.data.standardize(torch.from_numpy(dataset.test_x[:5]), model.mean, model.std)
     assert torch.equal(model.logits(x).argmax(1), predicted[:5])
     scores = normatch.evaluate(tmp_path / "run")
     assert scores["test_accuracy"] == pytest.approx(result.test_accuracy)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from normatch import verify
 from normatch.config import make_config
 from normatch.errors import UserError
+from normatch.tools import verify
 
 
 @pytest.fixture

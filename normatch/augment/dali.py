@@ -17,8 +17,8 @@ from torch import Tensor
 
 from normatch.augment.draws import View, draw_parameters
 from normatch.augment.policy import GEOMETRIC, OPS
+from normatch.data.folders import FileImages
 from normatch.errors import UserError
-from normatch.folders import FileImages
 
 INSTALL = f"pip install nvidia-dali-cuda{(torch.version.cuda or '13').split('.')[0]}0"
 
@@ -37,7 +37,7 @@ def dali_batches(
     data = steps.dataset
     count = steps.num_labeled + 2 * steps.num_unlabeled
     draws = (steps.draws(step) for step in range(start, stop))
-    views = Views(data.train_images, steps.policy, steps.seed, count, draws, device, data.mean, data.std, data.flip)
+    views = Views(data.train_x, steps.policy, steps.seed, count, draws, device, data.mean, data.std, data.flip)
     for rows, images in views:
         yield images.to(dtype), torch.from_numpy(rows).to(device, non_blocking=True)
 

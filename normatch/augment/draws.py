@@ -14,8 +14,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from normatch.augment.philox import random_words
 from normatch.augment.policy import GEOMETRIC, OPS, Policy, op_values
+from normatch.data.philox import random_words
 
 
 class View(IntEnum):

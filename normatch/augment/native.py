@@ -32,7 +32,7 @@ def draws_on_device(draw: Callable, start: int, stop: int, device: torch.device)
 
 def resident(steps, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """All images stay in the device's memory. A step is one op, and every 64th also copies 2 MB of draws."""
-    images = _as_tensor(steps.dataset.train_images).to(device)
+    images = _as_tensor(steps.dataset.train_x).to(device)
     for draws in draws_on_device(steps.draws_ahead, start, stop, device):
         yield _augment(steps, images, draws, dtype), draws[:, 0]
 
@@ -79,7 +79,7 @@ def streamed(
     Setting `done` ends the thread.
     """
     cuda = device.type == "cuda"
-    images = steps.dataset.train_images
+    images = steps.dataset.train_x
     shape = (steps.num_labeled + steps.num_unlabeled, *images.shape[1:])
     buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=cuda) for _ in range(ahead)]
     free, filled = queue.Queue(), queue.Queue()
@@ -112,7 +112,7 @@ def streamed(
 
 def _fill(steps, start: int, stop: int, free: queue.Queue, filled: queue.Queue, done, pin: bool) -> None:
     """The thread of `streamed`: free buffers -> filled ones with their draws and rows; None or an error at the end."""
-    images = steps.dataset.train_images
+    images = steps.dataset.train_x
     if isinstance(images, np.ndarray):
         images = _as_tensor(images)
     labeled, distinct = steps.num_labeled, steps.num_labeled + steps.num_unlabeled

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from normatch.augment.draws import Parameters, View, draw_parameters
 from normatch.augment.policy import OPS, Policy
+from normatch.data.base import standardize
 from normatch.errors import UserError
 
 
@@ -74,17 +75,6 @@ def _operate(images, p: Parameters, policy: Policy) -> np.ndarray:
     return images
 
 
-def normalize(images: Tensor, mean, std, dtype: torch.dtype = torch.float32) -> Tensor:
-    """images: (N, H, W, 3) uint8 -> (N, 3, H, W) channels-last, (x / 255 - mean) / std.
-
-    mean and std may be tensors on the images' device, which avoids a copy from the host.
-    """
-    mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device)
-    std = torch.as_tensor(std, dtype=torch.float32, device=images.device)
-    scaled = images.to(torch.float32, copy=True).mul_(1 / (255 * std)).sub_(mean / std)  # in place: half the memory
-    return scaled.to(dtype).permute(0, 3, 1, 2)
-
-
 # ---- The fourteen operations
 
 
@@ -136,7 +126,7 @@ class StepImages:
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         draws, dataset = self.steps.draws(step), self.steps.dataset
-        views = make_views(dataset.train_images, draws, self.steps.policy, self.steps.seed, dataset.flip)
+        views = make_views(dataset.train_x, draws, self.steps.policy, self.steps.seed, dataset.flip)
         return torch.from_numpy(views), torch.from_numpy(draws[:, 0].copy())
 
 
@@ -166,7 +156,7 @@ def pillow_batches(steps, start: int, stop: int, device: torch.device, dtype: to
     mean, std = (torch.tensor(v, device=device) for v in (steps.dataset.mean, steps.dataset.std))
     for item in _plain_errors(make_loader(steps, start, stop, num_workers, pin_memory=device.type == "cuda")):
         images, rows = (value.to(device, non_blocking=True) for value in item)
-        yield normalize(images, mean, std, dtype), rows
+        yield standardize(images, mean, std, dtype), rows
 
 
 def _plain_errors(batches) -> Iterator:

@@ -127,7 +127,7 @@ POLICIES["affine"] = replace(
     probability=1.0,
 )
 
-MAX_OPS, MAX_LEVELS, MAX_SIDE = 8, 32, 2048  # limits of the native op
+MAX_OPS, MAX_LEVELS = 8, 32  # limits of the native op
 
 
 def find_policy(name: str) -> Policy:

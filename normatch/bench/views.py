@@ -118,14 +118,14 @@ def augment(options) -> int:
 
 def _draws(dataset: Dataset, kind: str, round_: int) -> np.ndarray:
     rng = np.random.default_rng(round_)
-    rows = rng.integers(0, len(dataset.train_images), BATCH)
+    rows = rng.integers(0, len(dataset.train_x), BATCH)
     views = np.resize(np.array([int(v) for v in KINDS[kind]]), BATCH)
     return np.stack([rows, rows, np.full(BATCH, round_), views], 1)
 
 
 def _maker(backend: str, dataset: Dataset, policy, kind: str, cores: int, device: torch.device, pools: ExitStack):
     """A function that makes some views and returns how many; `pools` ends the processes that it needs."""
-    images = torch.from_numpy(dataset.train_images).to(device)
+    images = torch.from_numpy(dataset.train_x).to(device)
     settings = (dataset.mean, dataset.std, torch.float32, dataset.flip)
     prepared = [_draws(dataset, kind, i) for i in range(4)]
     if backend == "native":
@@ -139,7 +139,7 @@ def _maker(backend: str, dataset: Dataset, policy, kind: str, cores: int, device
         return make
     if backend == "dali":
         endless = (prepared[i % 4] for i in range(10**9))
-        views = Views(dataset.train_images, policy, 0, BATCH, endless, device, dataset.mean, dataset.std, dataset.flip,
+        views = Views(dataset.train_x, policy, 0, BATCH, endless, device, dataset.mean, dataset.std, dataset.flip,
                       num_threads=cores)  # fmt: skip
 
         def make():
@@ -166,7 +166,7 @@ class _Plain:
     def __call__(self, i: int) -> int:
         d = self.dataset
         draws = torch.from_numpy(self.draws[i % len(self.draws)])
-        images = torch.from_numpy(d.train_images)
+        images = torch.from_numpy(d.train_x)
         reference.augment_views(images, draws, self.policy, 0, d.mean, d.std, torch.float32, d.flip)
         return BATCH
 
@@ -183,12 +183,12 @@ class _Plain:
 def _check(dataset: Dataset, policy, backends, device) -> None:
     """Raises UserError where a backend's views are not Pillow's, on draws made for this run alone."""
     fresh = _draws(dataset, "step", int.from_bytes(os.urandom(3), "little"))
-    images = torch.from_numpy(dataset.train_images)
+    images = torch.from_numpy(dataset.train_x)
     without = replace(policy, ops=tuple(op for op in policy.ops if op != "Equalize") or policy.ops)
     for backend in backends:
         used = without if backend == "dali" else policy  # DALI's Equalize is its own
         want = reference.augment_views(images, torch.from_numpy(fresh), used, 1, dtype=torch.uint8, flip=dataset.flip)
-        got = views_of(dataset.train_images, fresh, used, 1, backend, dataset.flip, device)
+        got = views_of(dataset.train_x, fresh, used, 1, backend, dataset.flip, device)
         limit = 0 if backend == "native" or device.type == "cpu" else 1e-3
         if (got != want).float().mean() > limit:
             raise UserError(f"{backend} does not make the views that Pillow makes: no point in timing it")

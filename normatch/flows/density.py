@@ -1,4 +1,4 @@
-"""What every flow with a prior answers: `log_prob`, `class_probs`, `sample`; and the Gaussian-mixture prior."""
+"""The interface of every flow with a prior (`log_prob`, `class_probs`, `sample`), and the Gaussian-mixture prior."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from .. import ops
 
 
 class FlowOutput(NamedTuple):
-    """What a flow and its prior say of samples (N, ...); all in nats, float32 (float64 for float64 parameters)."""
+    """Samples (N, ...) through a flow and its prior: in nats, float32 (float64 for float64 parameters)."""
 
     z: torch.Tensor  # (N, D) latent
     logdet: torch.Tensor  # (N,) log |det dz/dx|, summed over all layers
@@ -20,29 +20,29 @@ class FlowOutput(NamedTuple):
 
 
 class FlowDensity(nn.Module):
-    """x: (N, ...) -> FlowOutput: a density log p(x, y) of samples and their classes, with an inverse and samples.
+    """x: (N, ...) -> FlowOutput: a density log p(x, y) of samples and their classes that can be inverted and sampled.
 
-    A model has `forward`, `inverse(z) -> x`, `sample_latent(n, y, generator) -> z`, `log_class_prior() -> (K,)`, and of
-    its latent space `class_means() -> (K, D)` and `width() -> ()`; what follows is the same for all, in the manner of
-    `torch.distributions`. All log-densities are in nats, of x as it is given: no dequantisation constant is added.
+    A subclass defines `forward`, `inverse(z) -> x`, `sample_latent(n, y, generator) -> z`, `log_class_prior() -> (K,)`
+    and, for its latent space, `class_means() -> (K, D)` and `width() -> ()`; the methods below follow, in the manner
+    of `torch.distributions`. Log-densities are in nats, of x as given: no dequantization constant is added.
     """
 
     @torch.no_grad()
     def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n samples (n, ...), of class y (an int, or one a row (n,)) or of the mixture of all."""
+        """-> (n, ...) samples of class y, an int or (n,) one per row, or of all classes."""
         return self.inverse(self.sample_latent(n, y, generator))
 
     def log_prob(self, x: torch.Tensor, y: torch.Tensor | int | None = None) -> torch.Tensor:
-        """x: (N, ...), y: (N,) or an int -> (N,): log p(x | y), and log p(x) without y and where y is -1.
+        """x: (N, ...), y: (N,) or an int -> (N,): log p(x | y), or log p(x) without y and for rows where y is -1.
 
-        Raises ValueError for NaN among x and for y outside -1..K-1.
+        Raises ValueError for NaN in x and for y outside -1..K-1.
         """
         out = self(self._without_nan(x))
         if y is None:
             return out.log_prob
         y = checked_classes(y, len(out.z), len(self.log_class_prior()), out.z.device, least=-1)
-        of_class = (out.class_log_prob - self.log_class_prior()).gather(1, y.clamp(min=0)[:, None])[:, 0] + out.logdet
-        return torch.where(y < 0, out.log_prob, of_class)
+        given_y = (out.class_log_prob - self.log_class_prior()).gather(1, y.clamp(min=0)[:, None])[:, 0] + out.logdet
+        return torch.where(y < 0, out.log_prob, given_y)
 
     def class_log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """x: (N, ...) -> (N, K) log p(x, y = k)."""
@@ -50,7 +50,7 @@ class FlowDensity(nn.Module):
         return out.class_log_prob + out.logdet[:, None]
 
     def class_probs(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (N, ...) -> (N, K) p(y = k | x): the Jacobian cancels in it."""
+        """x: (N, ...) -> (N, K) p(y = k | x), in which the Jacobian cancels."""
         return self(self._without_nan(x)).class_log_prob.softmax(1)
 
     @staticmethod
@@ -61,11 +61,11 @@ class FlowDensity(nn.Module):
 
 
 class GaussianMixture(nn.Module):
-    """z: (N, D) -> (N, K) log pi_k + log N(z; mu_k, sigma_k^2 I): one component a class (Izmailov et al. 2020, eq. 3).
+    """z: (N, D) -> (N, K) log pi_k + log N(z; mu_k, sigma_k^2 I): a component per class (Izmailov et al. 2020, eq. 3).
 
-    means: (K, D).   rho: (K,), sigma_k = softplus(rho_k), by default sigma = 1.   mixture_logits: (K,), pi their
-    softmax, by default uniform. trainable: what receives gradients, any of "means", "rho", "mixture_logits", or all
-    (True) or none (False).
+    means: (K, D).   rho: (K,), sigma_k = softplus(rho_k), by default sigma = 1.   mixture_logits: (K,), pi is their
+    softmax, by default uniform.   trainable: which of "means", "rho", "mixture_logits" receive gradients; True: all,
+    False: none.
     """
 
     def __init__(self, means, rho=None, mixture_logits=None, trainable: bool | tuple[str, ...] = False):
@@ -85,8 +85,8 @@ class GaussianMixture(nn.Module):
             value = torch.as_tensor(value).to(means)
             if name != "means" and value.shape != (classes,):
                 raise ValueError(f"{name} must have shape ({classes},), one a class, not {tuple(value.shape)}")
-            wanted = trainable if isinstance(trainable, bool) else name in trainable
-            self.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=wanted))
+            trains = trainable if isinstance(trainable, bool) else name in trainable
+            self.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=trains))
 
     @property
     def classes(self) -> int:
@@ -101,7 +101,7 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
+        """-> (n, D) points of class y, an int or (n,) one per row, or of the mixture."""
         return sample_mixture(self.means, self.rho, self.mixture_logits, n, y, generator)
 
     def extra_repr(self):
@@ -109,23 +109,23 @@ class GaussianMixture(nn.Module):
 
 
 class MixtureDensity(FlowDensity):
-    """A FlowDensity with a Gaussian a class: `prior_parameters()` are its means (K, D), rho (K,) and logits (K,)."""
+    """A FlowDensity with one Gaussian per class: `prior_parameters()` are means (K, D), rho (K,) and logits (K,)."""
 
     @torch.no_grad()
     def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n latent points (n, D), of class y (an int, or one a row (n,)) or of the mixture."""
+        """-> (n, D) latent points of class y, an int or (n,) one per row, or of the mixture."""
         return sample_mixture(*self.prior_parameters(), n, y, generator)
 
     def class_means(self) -> torch.Tensor:
-        """(K, D) the means of the mixture."""
+        """-> (K, D) the means of the mixture."""
         return self.prior_parameters()[0]
 
     def width(self) -> torch.Tensor:
-        """() the mean standard deviation of the mixture's components."""
+        """-> () the mean standard deviation of the components."""
         return F.softplus(self.prior_parameters()[1]).mean()
 
     def log_class_prior(self) -> torch.Tensor:
-        """(K,) log pi."""
+        """-> (K,) log pi."""
         return self.prior_parameters()[2].log_softmax(0)
 
 
@@ -133,7 +133,7 @@ class FlowClassifier(MixtureDensity):
     """x: (N, ...) -> FlowOutput: FlowGMM, any flow with a Gaussian-mixture prior (Izmailov et al. 2020, eq. 3-5).
 
     flow: a module x -> z (N, D), logdet (N,), with `inverse`.   prior: the mixture over z.
-    Raises ValueError where flow and prior are not of the same dimension, if the flow knows its own (`features`).
+    Raises ValueError if `flow.features`, where it exists, differs from the dimension of the prior.
     """
 
     def __init__(self, flow: nn.Module, prior: GaussianMixture):
@@ -155,12 +155,12 @@ class FlowClassifier(MixtureDensity):
         return self.flow.inverse(z)
 
     def prior_parameters(self) -> list[nn.Parameter]:
-        """The mixture's means (K, D), rho (K,) and logits (K,)."""
+        """-> the mixture's means (K, D), rho (K,) and logits (K,)."""
         return [self.prior.means, self.prior.rho, self.prior.mixture_logits]
 
 
 def sample_mixture(means, rho, mixture_logits, n, label=None, generator=None):
-    """means: (K, D), rho, mixture_logits: (K,) -> (n, D) points of class `label` (int or (n,)), or of the mixture."""
+    """means: (K, D), rho, mixture_logits: (K,) -> (n, D) points of class `label`, an int or (n,), or of the mixture."""
     device = means.device
     if label is None:
         label = draw_classes(mixture_logits.softmax(0), n, generator)
@@ -170,27 +170,27 @@ def sample_mixture(means, rho, mixture_logits, n, label=None, generator=None):
 
 
 def draw_classes(shares: torch.Tensor, n: int, generator: torch.Generator | None) -> torch.Tensor:
-    """shares: (K,) -> (n,) classes; none are allowed, which `torch.multinomial` refuses."""
+    """shares: (K,) -> (n,) classes. n may be 0, which `torch.multinomial` refuses."""
     return torch.multinomial(shares, max(n, 1), replacement=True, generator=generator)[:n]
 
 
 def checked_classes(label, n: int, classes: int, device: torch.device, least: int = 0) -> torch.Tensor:
-    """An int or (n,) integers -> (n,) of them, on the device.
+    """An int or (n,) integers -> (n,) int64 on the device.
 
-    Raises ValueError for anything else and, of labels on the CPU, for those outside least..K-1.
+    Raises ValueError for anything else and, if they are on the CPU, for labels outside least..K-1.
     """
     label = torch.as_tensor(label)
     if label.is_floating_point() or label.dtype == torch.bool or label.shape not in ((), (n,)):
         raise ValueError(f"label must be an integer or {n} of them, not {label.dtype} of shape {tuple(label.shape)}")
     outside = label[(label < least) | (label >= classes)] if label.device.type == "cpu" else ()
     if len(outside):
-        unlabelled = ", or be -1 for none" if least < 0 else ""
-        raise ValueError(f"label must lie in 0..{classes - 1}{unlabelled}, but holds {int(outside[0])}")
+        unlabeled = ", or be -1 for none" if least < 0 else ""
+        raise ValueError(f"label must lie in 0..{classes - 1}{unlabeled}, but holds {int(outside[0])}")
     return label.to(device).expand(n).long()
 
 
 def checked_samples(x, name: str, shape: tuple[int, ...], like: torch.Tensor | None = None) -> torch.Tensor:
-    """x, where it is a tensor (N, *shape) of floats, and of the type of `like`, the weights, unless autocast is on.
+    """x: (N, *shape) -> x, if its shape fits and, unless autocast is on, its dtype is that of `like`, the weights.
 
     Raises TypeError and ValueError.
     """
@@ -204,5 +204,5 @@ def checked_samples(x, name: str, shape: tuple[int, ...], like: torch.Tensor | N
 
 
 def on_the_cpu(x: torch.Tensor) -> bool:
-    """Whether values may be looked at: on a GPU that would wait for it, and a compiled graph cannot."""
+    """Whether values may be read: on a GPU that would synchronize, and a compiled graph cannot."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""A flow of images or vectors: layers in a row, and what to keep of them for the gradient."""
+"""A flow of images or vectors: a sequence of layers, whose activations are stored or rebuilt for the gradient."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,25 +9,24 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .density import checked_samples, on_the_cpu
-from .layers import ActNorm, FactorOut, Squeeze, dequantize, rebuild
+from .layers import ActNorm, DoubleCoupling, FactorOut, Squeeze, dequantize, rebuild
 
 
 class Flow(nn.Module):
     """x: (N, *shape) -> z (N, D), logdet (N,): the layers in order, D the product of `shape`.
 
-    Each layer maps x -> z, logdet and has an `inverse`. What a FactorOut finishes comes first in z, in the order in
-    which it was finished, and the output of the last layer last.
+    Each layer maps x -> z, logdet and has an `inverse`. z starts with the dimensions that FactorOuts take out, in
+    order, and ends with the output of the last layer.
 
-    shape: of one sample.   levels: grey levels of images in [0, 1], which are then dequantised; None for data that are
-    continuous. log p(x) of a flow with levels is that of the dequantised values.   noise: whether dequantisation is
-    random ("train": in training mode, "always", "never": the middle of each level, of which the inverse gives back x
-    exactly). It is drawn from torch's generator.
-    reversible: keep no activations for the gradient but rebuild each layer's input from its output by its inverse
-    (Gomez et al. 2017), so that the memory does not grow with the number of layers; it costs each coupling's network
-    once more.
+    shape: of one sample.   levels: gray levels of images in [0, 1], which are dequantized, so that log p(x) is that of
+    the dequantized values; None for continuous data.   noise: when dequantization is random, drawn from torch's
+    generator: "train" (in training mode), "always" or "never" (the middle of each level, from which the inverse
+    returns x exactly).   reversible: store no activations for the gradient but rebuild each layer's input from its
+    output (Gomez et al. 2017), so that memory does not grow with depth, at the cost of one more pass through each
+    coupling's network.
 
-    Raises ValueError for x or z of another shape and on the CPU for pixels outside [0, 1], TypeError for another type
-    than that of the weights.
+    Raises ValueError for x or z of another shape and, on the CPU, for pixels outside [0, 1]; TypeError if the dtype
+    differs from that of the weights.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Flow(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.shape, self.levels, self.noise, self.reversible = tuple(shape), levels, noise, reversible
         self.features = math.prod(shape)
-        self._pieces = []  # shapes of what is in z
+        self._pieces = []  # shapes of the parts of z
         shape = self.shape
         for layer in layers:
             if isinstance(layer, Squeeze):
@@ -66,36 +65,52 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z: (N, D) -> x (N, *shape)."""
-        x, *pieces = self._split(checked_samples(z, "z", (self.features,), next(self.parameters(), None)))
-        for layer in reversed(self.layers):
-            x = layer.inverse(x, pieces.pop(0)) if isinstance(layer, FactorOut) else layer.inverse(x)
+        checked_samples(z, "z", (self.features,), next(self.parameters(), None))
+        x = invert_layers(self.layers, self._split(z))
         return (x * self.levels - 0.5) / (self.levels - 1) if self.levels else x
 
     def _run(self, x):
-        logdet, pieces = 0.0, []
-        for layer in self.layers:
-            if isinstance(layer, FactorOut):
-                x, piece = layer(x)
-                pieces.append(piece.flatten(1))
-            else:
-                x, term = layer(x)
-                logdet = logdet + term
-        return torch.cat([*pieces, x.flatten(1)], 1), logdet
+        pieces, logdet = run_layers(self.layers, x)
+        return torch.cat([piece.flatten(1) for piece in pieces], 1), logdet
 
     def _split(self, z):
-        """z: (N, D) -> its pieces, as images, in the order in which the inverse needs them."""
+        """z: (N, D) -> its pieces (N, ...) in their shapes."""
         pieces = z.split([math.prod(shape) for shape in self._pieces], 1)
-        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self._pieces, strict=True)][::-1]
+        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self._pieces, strict=True)]
 
     def extra_repr(self):
         return f"shape={self.shape}, levels={self.levels}, reversible={self.reversible}"
 
 
+def run_layers(layers: nn.ModuleList, x: Tensor, *e: Tensor) -> tuple[list[Tensor], Tensor]:
+    """x -> what the FactorOuts take out, in order, and the last layer's output; logdet. e: for the DoubleCouplings."""
+    logdet, pieces = 0.0, []
+    for layer in layers:
+        if isinstance(layer, FactorOut):
+            x, piece = layer(x)
+            pieces.append(piece)
+        else:
+            x, term = layer(x, *e) if isinstance(layer, DoubleCoupling) else layer(x)
+            logdet = logdet + term
+    return [*pieces, x], logdet
+
+
+def invert_layers(layers: nn.ModuleList, pieces: Sequence[Tensor], *e: Tensor) -> Tensor:
+    """The pieces of `run_layers` -> x."""
+    *pieces, x = pieces
+    for layer in reversed(layers):
+        if isinstance(layer, FactorOut):
+            x = layer.inverse(x, pieces.pop())
+        else:
+            x = layer.inverse(x, *e) if isinstance(layer, DoubleCoupling) else layer.inverse(x)
+    return x
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, x: Tensor) -> None:
-    """Sets every ActNorm in `model` from the values that reach it in `model(x)`, in one pass. x: (N, ...).
+    """x: (N, ...): sets every ActNorm in `model` from the values that reach it in `model(x)`, in one pass.
 
-    Pixels are dequantised with noise: a dimension that is the same in all of x has no deviation of its own.
+    Pixels are dequantized with noise: a pixel that is the same in all of x would have no deviation.
     """
     norms = [module for module in model.modules() if isinstance(module, ActNorm)]
     if not norms:
@@ -103,7 +118,7 @@ def initialize(model: nn.Module, x: Tensor) -> None:
     training, flows = model.training, [module for module in model.modules() if isinstance(module, Flow)]
     noises = [flow.noise for flow in flows]
     try:
-        model.eval()  # BatchNorms then take no part in it
+        model.eval()  # leaves the statistics of BatchNorms alone
         for flow in flows:
             flow.noise = "always"
         for norm in norms:
@@ -118,20 +133,20 @@ def initialize(model: nn.Module, x: Tensor) -> None:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """`state` into `module`, whole. Raises `UserError` for the first tensor that is missing, unknown or misshapen.
+    """Loads all of `state` into `module`. Raises `UserError` for the first tensor missing, unknown or of another shape.
 
-    Names of what has no weight here, published masks and flags, are to be left out of `state` beforehand.
+    The caller leaves out of `state` what has no counterpart here, such as published masks and flags.
     """
-    own = module.state_dict()
-    for key in [*own, *state]:
+    here = module.state_dict()
+    for key in [*here, *state]:
         if key not in state:
             raise UserError(f"the state dict is of another architecture: {name}.{key} is missing")
-        if key not in own:
+        if key not in here:
             raise UserError(f"the state dict is of another architecture: there is no {name}.{key} here")
-        if own[key].shape != state[key].shape:
+        if here[key].shape != state[key].shape:
             raise UserError(
                 f"the state dict is of another architecture: {name}.{key} has shape {tuple(state[key].shape)}, "
-                f"here {tuple(own[key].shape)}"
+                f"here {tuple(here[key].shape)}"
             )
     module.load_state_dict(state)
 
@@ -146,7 +161,7 @@ def _reversible(flow, x):
 
 
 class _Reversible(torch.autograd.Function):
-    """The layers of a flow, of which only the output is kept."""
+    """All layers of a flow as one function that stores only its output."""
 
     @staticmethod
     def forward(ctx, flow, parameters, x, *_):
@@ -159,14 +174,14 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_z, grad_logdet):
         flow, (z,) = ctx.flow, ctx.saved_tensors
-        found = {}
-        x, *pieces = flow._split(z)
-        grad, *grad_pieces = flow._split(grad_z)
+        gradients = {}
+        *pieces, x = flow._split(z)
+        *grad_pieces, grad = flow._split(grad_z)
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(z.device.type, dtype, enabled), _statistics_kept(flow):
             for layer in reversed(flow.layers):
                 if isinstance(layer, FactorOut):
-                    x, grad = layer.inverse(x, pieces.pop(0)), layer.inverse(grad, grad_pieces.pop(0))
+                    x, grad = layer.inverse(x, pieces.pop()), layer.inverse(grad, grad_pieces.pop())
                     continue
                 x, leaves, again, logdet = rebuild(layer, x)
                 parameters = [p for p in layer.parameters() if p.requires_grad]
@@ -176,14 +191,14 @@ class _Reversible(torch.autograd.Function):
                 grads = torch.autograd.grad(outputs, [*leaves, *parameters], grads, allow_unused=True)
                 grad = sum(g for g in grads[: len(leaves)] if g is not None)
                 for parameter, g in zip(parameters, grads[len(leaves) :], strict=True):
-                    if g is not None:  # a network may be that of several couplings
-                        found[parameter] = found[parameter] + g if parameter in found else g
-        return None, None, grad, *(found.get(p) for p in ctx.parameters)
+                    if g is not None:  # couplings may share a network
+                        gradients[parameter] = gradients[parameter] + g if parameter in gradients else g
+        return None, None, grad, *(gradients.get(p) for p in ctx.parameters)
 
 
 @contextmanager
 def _statistics_kept(flow: nn.Module) -> Iterator[None]:
-    """Within, BatchNorms in training mode normalise as ever, but leave their running statistics alone."""
+    """BatchNorms in training mode normalize as usual, but do not update their running statistics."""
     norms = [m for m in flow.modules() if isinstance(m, nn.BatchNorm2d) and m.training and m.track_running_stats]
     try:
         for norm in norms:

@@ -12,29 +12,22 @@ from .density import FlowOutput, MixtureDensity, checked_samples
 class Coupling(nn.Module):
     """x: (N, D) -> z (N, D), logdet (N,): one affine coupling with its scale-and-translate network.
 
-    The first half [0, D // 2) is kept and the rest changed, or with `swap` the reverse:
-    z = (x + t) * exp(gain * tanh(s)) on the changed half, s and t from the kept half. (Dinh, Sohl-Dickstein & Bengio
-    2017, eq. 7-8, with the translation before the scale as in FlowGMM and NorMatch.) Only the live halves of the
-    network's first and last layers exist here: the published full-width matrices multiply zeros.
+    Keeps the first half [0, D // 2) and changes the rest, or the reverse with `swap`: z = (x + t) * exp(gain *
+    tanh(s)) on the changed half, with s and t from the kept half (Dinh, Sohl-Dickstein & Bengio 2017, eq. 7-8, with the
+    translation first, as in FlowGMM and NorMatch). The network's first and last layers have only the halves that
+    matter: the published full-width matrices multiply zeros.
     """
 
     def __init__(self, features: int, hidden: int, dropout: float, swap: bool, layers: int = 1):
         super().__init__()
-        kept = features // 2
-        if swap:
-            kept = features - kept
+        kept = (features + swap) // 2  # half of an odd number is rounded down, and up with `swap`
         changed = features - kept
         self.kept, self.changed, self.swap = kept, changed, swap
         inner = [layer for _ in range(layers) for layer in (nn.Linear(hidden, hidden), nn.ReLU())]
-        self.net = nn.Sequential(
-            nn.Linear(kept, hidden),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            *inner,
-            nn.Linear(hidden, 2 * changed),
-        )
+        first = nn.Linear(kept, hidden), nn.ReLU(), nn.Dropout(dropout)
+        self.net = nn.Sequential(*first, *inner, nn.Linear(hidden, 2 * changed))
         self.gain = nn.Parameter(torch.ones(changed))
-        bound = 1 / math.sqrt(features)  # as drawn for the published layer, whose inputs are all D features
+        bound = 1 / math.sqrt(features)  # as in the published layer, whose input is all D features
         nn.init.uniform_(self.net[0].weight, -bound, bound)
         nn.init.uniform_(self.net[0].bias, -bound, bound)
 
@@ -50,7 +43,7 @@ class Coupling(nn.Module):
         return self.join(kept, ops.affine_coupling_inverse(changed, s, t, self.gain))
 
     def tensors(self) -> list[torch.Tensor]:
-        """The parameters in the order in which `ops.flow_head` takes them, which has one inner layer."""
+        """The parameters of a coupling with one inner layer, in the order of `ops.flow_head`."""
         first, _, _, middle, _, last = self.net
         return [first.weight, first.bias, middle.weight, middle.bias, last.weight, last.bias, self.gain]
 
@@ -66,7 +59,7 @@ class Coupling(nn.Module):
 
     @torch.no_grad()
     def load_published(self, state: dict, prefix: str):
-        """The published full-width layer, `st_net.*` and `rescale.*` behind `prefix` in `state`: its live halves."""
+        """Load the halves that matter of the published full-width layer, `st_net.*` and `rescale.*` behind `prefix`."""
         features = self.kept + self.changed
         kept, changed = (half.flatten() for half in self.split(torch.arange(features)[None]))
         rows = torch.cat((changed, features + changed))  # of s, then of t
@@ -83,19 +76,28 @@ class Coupling(nn.Module):
         self.gain.copy_((state[f"{prefix}rescale.weight_g"] * state[f"{prefix}rescale.weight_v"].sign())[changed])
 
 
+def fused_head(flow: nn.Module, x: torch.Tensor, prior: list, eps: float = 0.0) -> tuple[torch.Tensor, ...]:
+    """x: (N, D) -> z, logdet, class_log_prob, log_prob by one op: the `couplings` of `flow`, then a mixture."""
+    seed = None
+    if flow.training and flow.dropout > 0:  # from torch's generator, drawn on the device without synchronizing
+        seed = torch.randint(2**63 - 1, (), device=x.device)
+    couplings = [coupling.tensors() for coupling in flow.couplings]
+    return ops.flow_head(x, couplings, *prior, eps, dropout=flow.dropout, seed=seed)
+
+
 class FlowHead(MixtureDensity):
     """x: (N, D) fp32/bf16/fp16 -> FlowOutput(z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,)).
 
     NorMatch's flow classifier (Deng et al. 2024): `couplings` affine couplings on alternating halves, then a mixture
     of K isotropic Gaussians with means (K, D), sigma_k = softplus(rho_k) and pi = softmax(mixture_logits), one
-    component a class. The class posterior is `class_log_prob.softmax(1)`; `log_prob` is the density of x itself,
-    without any dequantisation constant.
+    component per class. The class posterior is `class_log_prob.softmax(1)`; `log_prob` is the log-density of x itself,
+    without a dequantization constant.
 
-    One op computes it (`ops.flow_head`), in float32 (float64 for float64 parameters), autocast or not:
-    log-likelihoods of several hundred nats differ by a few, which bf16 cannot hold.
+    One op computes everything (`ops.flow_head`), in float32 (float64 for float64 parameters) even under autocast:
+    log-likelihoods of several hundred nats differ by a few, which bf16 cannot resolve.
 
     features: D, at least 2.   classes: K.   couplings: number of couplings.   hidden: width of their networks.
-    dropout: in each network after its first layer, in training mode.
+    dropout: after the first layer of each network, in training mode.
     trainable_prior: whether means, rho and mixture_logits receive gradients.
     compat: "reference" adds 1e-6 to pi inside the logarithm, as the published code does.
     """
@@ -129,15 +131,7 @@ class FlowHead(MixtureDensity):
         checked_samples(x, "x", (self.features,))
         if x.dtype != self.means.dtype and torch.float64 in (x.dtype, self.means.dtype):
             x = x.to(self.means.dtype)
-        seed = None
-        if self.training and self.dropout > 0:  # of torch's generator, drawn on the device: nothing waits for it
-            seed = torch.randint(2**63 - 1, (), device=x.device)
-        couplings = [coupling.tensors() for coupling in self.couplings]
-        return FlowOutput(
-            *ops.flow_head(
-                x, couplings, self.means, self.rho, self.mixture_logits, self.eps, dropout=self.dropout, seed=seed
-            )
-        )
+        return FlowOutput(*fused_head(self, x, self.prior_parameters(), self.eps))
 
     def inverse(self, z: torch.Tensor) -> torch.Tensor:
         """z: (N, D) -> x (N, D) with `head(x).z == z`, in evaluation mode (dropout is not invertible)."""
@@ -150,15 +144,15 @@ class FlowHead(MixtureDensity):
 
     @torch.no_grad()
     def sample(self, n: int, label=None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n features (n, D) drawn from the density, of class `label` (an int, or one a row (n,)) or of the mixture."""
+        """-> (n, D) features of class `label`, an int or (n,) one per row, or of the mixture."""
         return self.inverse(self.sample_latent(n, label, generator))
 
     def log_class_prior(self) -> torch.Tensor:
-        """(K,) log pi."""
+        """-> (K,) log pi."""
         return (self.mixture_logits.softmax(0) + self.eps).log()
 
     def prior_parameters(self) -> list[nn.Parameter]:
-        """The mixture's means (K, D), rho (K,) and logits (K,)."""
+        """-> the mixture's means (K, D), rho (K,) and logits (K,)."""
         return [self.means, self.rho, self.mixture_logits]
 
     @classmethod
@@ -166,7 +160,7 @@ class FlowHead(MixtureDensity):
         """The published flow's state dict, means (K, D), rho (K,) and mixture logits (K,) -> the same head here.
 
         Names in `state` end in `body.J.st_net.{0,3,5}.{weight,bias}` and `body.J.rescale.weight_{g,v}`, J the
-        coupling, behind any prefix. Raises KeyError where a tensor is missing.
+        coupling, behind any prefix. Raises KeyError if a tensor is missing.
         """
         tensors = {"body." + name.rpartition("body.")[2]: torch.as_tensor(value) for name, value in state.items()}
         couplings = 1 + max((int(name.split(".")[1]) for name in tensors if ".st_net." in name), default=-1)

@@ -1,10 +1,11 @@
-"""The layers that image flows are made of: x -> z, logdet, and back by `inverse`.
+"""The layers of image flows: x -> z, logdet, and back by `inverse`.
 
-Shapes are (N, C, H, W), and where a docstring says so also vectors (..., C), whose leading axes may broadcast. logdet
-is (N,), for vectors (...), in nats, float32 (float64 for float64). No layer remembers its last call.
+Shapes are (N, C, H, W) and, if the docstring says so, also (..., C), vectors whose leading axes may broadcast. logdet
+is (N,), for vectors (...), in nats, float32 (float64 for float64). Layers keep no state between calls.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,20 @@ from .. import ops
 
 
 def dequantize(x: Tensor, levels: int = 256, noise: bool = True, generator: torch.Generator | None = None) -> Tensor:
-    """x: (...) in [0, 1], of `levels` grey levels -> v: (...) in (0, 1), the level plus noise in [0, 1), over `levels`.
+    """x: (...) in [0, 1], of `levels` gray levels -> v: (...) in (0, 1), (level + noise in [0, 1)) / levels.
 
-    Without noise the middle of each level, 1/2, takes its place. A density of v is log p(v) - D log(levels) for the
-    levels themselves (Theis, van den Oord & Bethge 2016, section 3.1).
+    With `noise=False` it is 1/2, the middle of each level. The log-density of the levels themselves is
+    log p(v) - D log(levels) (Theis, van den Oord & Bethge 2016, section 3.1).
     """
     u = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noise else 0.5
     return ((levels - 1) * x + u) / levels
 
 
 class Logit(nn.Module):
-    """v in [0, 1]: (N, ...) -> logit(c v + (1 - c) / 2), logdet (N,): pixels to the whole line (Dinh et al. 2017, 4.1).
+    """v in [0, 1]: (N, ...) -> logit(c v + (1 - c) / 2), logdet (N,): pixels to the real line (Dinh et al. 2017, 4.1).
 
-    c keeps 0 and 1 finite: 0.90 in FlowGMM, 0.95 in SCNF. The inverse undoes it all; FlowGMM's published one ends in
-    the sigmoid and so leaves pixels in [(1 - c) / 2, (1 + c) / 2].
+    c keeps 0 and 1 finite: 0.90 in FlowGMM, 0.95 in SCNF. FlowGMM's published inverse stops at the sigmoid, which
+    leaves pixels in [(1 - c) / 2, (1 + c) / 2]; this one is exact.
     """
 
     def __init__(self, c: float = 0.90):
@@ -39,7 +40,7 @@ class Logit(nn.Module):
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
         w = v * self.c + (1 - self.c) / 2
         z = w.log() - (-w).log1p()
-        # d logit(w) / dw = 1 / (w (1 - w)); softplus holds where w is rounded to 1
+        # d logit(w) / dw = 1 / (w (1 - w)); softplus stays finite if w is rounded to 1
         return z, ops.logdet(F.softplus(z) + F.softplus(-z) + math.log(self.c))
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -86,10 +87,10 @@ class Squeeze(nn.Module):
 
 
 class FactorOut(nn.Module):
-    """x: (N, C, H, W) or (..., C) -> what goes on, what is finished: some channels skip the layers that follow.
+    """x: (N, C, H, W) or (..., C) -> the remaining channels, those factored out, which skip the following layers.
 
-    Multi-scale architecture of Dinh et al. 2017, section 3.6. `out` channels are finished: the last ones, or with
-    `first` the first ones (SCNF).
+    Multi-scale architecture of Dinh et al. 2017, section 3.6. Factors out the last `out` channels, or with `first` the
+    first ones (SCNF).
     """
 
     def __init__(self, out: int, first: bool = False):
@@ -118,9 +119,9 @@ class FactorOut(nn.Module):
 class ActNorm(nn.Module):
     """x: (N, C, H, W) or (..., C) -> (x - bias) exp(logs), logdet (Kingma & Dhariwal 2018, section 3.1).
 
-    A fresh one is the identity. While `initializing` is set, a call first takes bias and logs from its input, so that
-    each channel comes out with mean 0 and deviation 1: `initialize(flow, x)` does that, once, so that no step has to
-    ask whether it is the first. variance_floor: FlowGMM's, 0.2, which takes the place of smaller variances.
+    Starts as the identity. While `initializing` is set, a call first sets bias and logs from its input, so that each
+    output channel has mean 0 and deviation 1: `initialize(flow, x)` does that once, so that no step has to ask whether
+    it is the first.   variance_floor: smaller variances count as this one, 0.2 in FlowGMM.
     """
 
     def __init__(self, channels: int, variance_floor: float | None = None):
@@ -153,7 +154,7 @@ class ActNorm(nn.Module):
 
 
 class NetActNorm(ActNorm):
-    """x: (N, C, H, W) or (..., C) -> (x - bias) exp(logs): an ActNorm within a network, where no log-det is due."""
+    """x: (N, C, H, W) or (..., C) -> (x - bias) exp(logs): an ActNorm within a network, without log-det."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
@@ -162,11 +163,11 @@ class NetActNorm(ActNorm):
 class InvertibleConv(nn.Module):
     """x: (N, C, H, W) or (..., C) -> W x over the channels, logdet H W log |det W|: an invertible 1 x 1 convolution.
 
-    Glow (Kingma & Dhariwal 2018, section 3.2). form "full": any matrix, at first the identity, its log-det and inverse
-    in float64.   "householder": a product of `factors` reflections I - 2 v v' / |v|^2 (log-det 0).   "qr": such a
-    product times an upper triangular matrix whose diagonal is softplus(s), so that the log-det is a sum
-    (Hoogeboom et al. 2019; both as in SCNF).   rotation: begin as a random rotation, and with a bias (FlowGMM, whose
-    published matrix begins as any convolution's, now and then close to singular).
+    Glow (Kingma & Dhariwal 2018, section 3.2).   form: "full", any matrix, initially the identity, with log-det and
+    inverse in float64; "householder", a product of `factors` reflections I - 2 v v' / |v|^2 (log-det 0); "qr", such a
+    product times an upper triangular matrix with diagonal softplus(s), so that the log-det is a sum (Hoogeboom et al.
+    2019; both as in SCNF).   rotation: start as a random rotation, and add a bias (FlowGMM, whose published matrix is
+    initialized like any convolution's, at times close to singular).
     """
 
     def __init__(self, channels: int, form: str = "full", factors: int = 2, rotation: bool = False):
@@ -186,7 +187,7 @@ class InvertibleConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if rotation else None
 
     def matrix(self) -> Tensor:
-        """(C, C) W."""
+        """-> (C, C) W."""
         if self.form == "full":
             return self.W
         product = torch.eye(self.channels, dtype=self.v.dtype, device=self.v.device)
@@ -195,7 +196,7 @@ class InvertibleConv(nn.Module):
         return product if self.form == "householder" else product @ (self.R.triu(1) + F.softplus(self.s).diag())
 
     def log_abs_det(self) -> Tensor:
-        """() log |det W|."""
+        """-> () log |det W|."""
         if self.form == "full":
             return torch.linalg.slogdet(self.W.double()).logabsdet.to(self.W.dtype)
         return F.softplus(self.s).log().sum() if self.form == "qr" else self.v.new_zeros(())
@@ -214,15 +215,32 @@ class InvertibleConv(nn.Module):
         return f"{self.channels}, form={self.form!r}"
 
 
+class ResidualBlock(nn.Sequential):
+    """x: (...) -> x + layers(x): named layers, one after the other, with a skip around them."""
+
+    def __init__(self, **layers: nn.Module):
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def zero_last(net: nn.Sequential) -> nn.Sequential:
+    """Sets the last layer's weight and bias to 0, so that the network starts as the constant 0."""
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    return net
+
+
 # ---- Couplings ----------------------------------------------------------------------------------------------------
 
 
 class ImageCoupling(nn.Module):
     """x: (N, C, H, W) -> z, logdet: an affine coupling of a channel half or of a checkerboard (`ops.coupling2d`).
 
-    net: what is kept, (N, C // 2, H, W) or the whole image with the changed pixels 0, -> (N, 2 P, H, W), the raw scale
-    and the shift of the P channels that change.   changed: "first" or "second" half of the channels; "even" or "odd"
-    pixels of the checkerboard, the top left one being even.   gained: bound the scale by a tanh with a gain a channel
+    net: the kept half (N, C // 2, H, W), or the whole image with the changed pixels 0, -> (N, 2 P, H, W), raw scale
+    and shift of the P changed channels.   changed: "first" or "second" half of the channels; "even" or "odd" pixels of
+    the checkerboard, the top left one being even.   gained: bound the scale by a tanh with a gain per channel
     (FlowGMM), else by a sigmoid (SCNF).   shift_first: whether the shift comes before the scale.
     """
 
@@ -241,7 +259,7 @@ class ImageCoupling(nn.Module):
         return self._couple(ops.coupling2d_inverse, z, self.net(self.kept(z)))
 
     def rebuild(self, z: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """As `rebuild` below; what is kept is in z already, so that the network is asked once, not twice."""
+        """As `rebuild` below, but runs the network once instead of twice: z already holds its input."""
         kept = z.detach().requires_grad_()
         params = self.net(self.kept(kept))
         with torch.no_grad():
@@ -250,7 +268,7 @@ class ImageCoupling(nn.Module):
         return x.detach(), [x, kept], *self._couple(ops.coupling2d, x, params)
 
     def kept(self, x: Tensor) -> Tensor:
-        """x: (N, C, H, W) -> what of it the network sees."""
+        """x: (N, C, H, W) -> the input of the network."""
         if self.changed in ("even", "odd"):
             return x * checkerboard(*x.shape[2:], kept="odd" if self.changed == "even" else "even", like=x)
         half = x.shape[1] // 2
@@ -264,11 +282,11 @@ class ImageCoupling(nn.Module):
 
 
 class DoubleCoupling(nn.Module):
-    """x: (N, C, H, W) or (..., C) -> z, logdet: SCNF's coupling of both halves, the second one from the changed first.
+    """x: (N, C, H, W) or (..., C) -> z, logdet: SCNF's coupling, which changes the halves of the channels in turn.
 
-    net1: second half (N, C / 2, H, W) -> (N, C, H, W), the raw scale and the shift of the first; net2 likewise from the
-    changed first half for the second. scale = sigmoid(raw + 2) + 1e-6, after the shift. With an embedding e: (N, E),
-    for vectors (..., E), both networks take it as their second argument (conditional coupling).
+    net1: second half (N, C / 2, H, W) -> (N, C, H, W), raw scale and shift of the first half; net2: likewise from the
+    changed first half for the second. scale = sigmoid(raw + 2) + 1e-6, after the shift. An embedding e, (N, E) or for
+    vectors (..., E), is the second argument of both networks (conditional coupling).
     """
 
     def __init__(self, net1: nn.Module, net2: nn.Module):
@@ -285,21 +303,8 @@ class DoubleCoupling(nn.Module):
         return _couple(ops.coupling2d_inverse, z, self.net1(_halves(z)[1], *e), "first")
 
 
-class ConditionalMaskedCoupling(ImageCoupling):
-    """x: (N, C, H, W), e: (N, E) -> z, logdet: a checkerboard coupling whose network also sees the embedding e."""
-
-    def __init__(self, net: nn.Module, channels: int, changed: str):
-        super().__init__(net, channels, changed, gained=False, shift_first=False)
-
-    def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        return self._couple(ops.coupling2d, x, self.net(self.kept(x), e))
-
-    def inverse(self, z: Tensor, e: Tensor) -> Tensor:
-        return self._couple(ops.coupling2d_inverse, z, self.net(self.kept(z), e))
-
-
 class ConditionalShift(nn.Module):
-    """x: (..., D), shift: (..., D) of the class -> x - shift, logdet 0: with a Gaussian prior, SCNF's mixture."""
+    """x: (..., D), shift: (..., D) of the class -> x - shift, logdet 0: with a Gaussian prior, SCNF-GMM."""
 
     def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         z = x - shift
@@ -330,11 +335,11 @@ def checkerboard(height: int, width: int, kept: str, like: Tensor) -> Tensor:
     return ((row[:, None] + column) % 2 == (kept == "odd")).to(like.dtype)
 
 
-# ---- Going backwards without what was kept ------------------------------------------------------------------------
+# ---- Backward without stored activations --------------------------------------------------------------------------
 
 
 def rebuild(layer: nn.Module, z: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """A layer's output -> its input x, leaves whose gradients add up to that of x, and the output and logdet again."""
+    """A layer's output z -> its input x, the leaves whose gradients sum to that of x, z and logdet recomputed."""
     if hasattr(layer, "rebuild"):
         return layer.rebuild(z)
     with torch.no_grad():

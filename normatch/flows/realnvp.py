@@ -1,4 +1,4 @@
-"""FlowGMM's flows (Izmailov et al. 2020): RealNVP (Dinh, Sohl-Dickstein & Bengio 2017) for tables and images, Glow."""
+"""FlowGMM's RealNVPs (Izmailov et al. 2020; Dinh, Sohl-Dickstein & Bengio 2017) for tables and images."""
 
 import re
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from .. import ops
 from ..errors import UserError
 from .density import GaussianMixture, checked_samples
 from .flow import Flow, load_weights
-from .head import Coupling
-from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, Squeeze
+from .head import Coupling, fused_head
+from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, ResidualBlock, Squeeze, zero_last
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
 
@@ -20,8 +20,8 @@ from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, Sq
 class RealNVPTabular(nn.Module):
     """x: (N, D) -> z (N, D), logdet (N,): affine couplings on alternating halves (FlowGMM, Izmailov et al. 2020).
 
-    features: D, at least 2.   couplings: their number.   hidden: width of their networks.   layers: inner layers of
-    each network.   dropout: after each network's first layer, in training mode.   zero_init: start as the identity.
+    features: D, at least 2.   couplings: number of couplings.   hidden: width of their networks.   layers: inner layers
+    of each network.   dropout: after the first layer of each, in training mode.   zero_init: start as the identity.
     """
 
     def __init__(
@@ -44,8 +44,7 @@ class RealNVPTabular(nn.Module):
         )
         if zero_init:
             for coupling in self.couplings:
-                nn.init.zeros_(coupling.net[-1].weight)
-                nn.init.zeros_(coupling.net[-1].bias)
+                zero_last(coupling.net)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z, logdet = self._check(x, "x"), 0.0
@@ -62,22 +61,16 @@ class RealNVPTabular(nn.Module):
         return x
 
     def head_with(self, prior: GaussianMixture, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """z, logdet, class_log_prob, log_prob by one op for flow and prior, where there is a kernel for it."""
+        """x: (N, D) -> z, logdet, class_log_prob, log_prob by one op for flow and prior; None without a kernel."""
         x = self._check(x, "x")
         if self.layers != 1 or ops.flow_head_path(self.features, self.hidden, x.device) != "fused":
             return None
-        seed = None
-        if self.training and self.dropout > 0:
-            seed = torch.randint(2**63 - 1, (), device=x.device)
-        couplings = [coupling.tensors() for coupling in self.couplings]
-        return ops.flow_head(
-            x, couplings, prior.means, prior.rho, prior.mixture_logits, dropout=self.dropout, seed=seed
-        )
+        return fused_head(self, x, [prior.means, prior.rho, prior.mixture_logits])
 
     def load_published(self, state: dict):
         """Take the weights of FlowGMM's tabular RealNVP: `body.J.st_net.*` and `body.J.rescale.*` of its state dict.
 
-        Raises `UserError` where it is of another architecture.
+        Raises `UserError` for another architecture.
         """
         last = 3 + 2 * self.layers
         for j, coupling in enumerate(self.couplings):
@@ -87,9 +80,9 @@ class RealNVPTabular(nn.Module):
                 "rescale.weight_g": (self.features,),
             }
             for name, shape in shapes.items():
-                found = state.get(f"body.{j}.{name}")
-                if found is None or found.shape != shape:
-                    has = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                tensor = state.get(f"body.{j}.{name}")
+                if tensor is None or tensor.shape != shape:
+                    has = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
                     raise UserError(
                         f"the state dict is not of this RealNVPTabular: body.{j}.{name} is {has}, not of shape {shape}"
                     )
@@ -108,11 +101,11 @@ class RealNVPTabular(nn.Module):
 
 
 class WeightNormConv2d(nn.Module):
-    """x: (N, in, H, W) -> (N, out, H, W): a convolution of weight g v / |v| a channel (Salimans & Kingma 2016)."""
+    """x: (N, in, H, W) -> (N, out, H, W): a convolution of weight g v / |v| per channel (Salimans & Kingma 2016)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True):
         super().__init__()
-        conv = nn.Conv2d(inputs, outputs, kernel, bias=bias)  # whose initial values these are
+        conv = nn.Conv2d(inputs, outputs, kernel, bias=bias)  # for its initial values
         self.bias = conv.bias
         self.weight_g = nn.Parameter(conv.weight.detach().flatten(1).norm(dim=1)[:, None, None, None])
         self.weight_v = nn.Parameter(conv.weight.detach())
@@ -126,25 +119,22 @@ class WeightNormConv2d(nn.Module):
         return f"{inputs}, {outputs}, {kernel}"
 
 
-class ResidualBlock(nn.Module):
-    """x: (N, C, H, W) -> the same: x + two normalised, weight-normalised 3 x 3 convolutions."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.in_norm = nn.BatchNorm2d(channels)
-        self.in_conv = WeightNormConv2d(channels, channels, 3, bias=False)
-        self.out_norm = nn.BatchNorm2d(channels)
-        self.out_conv = WeightNormConv2d(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.in_conv(self.in_norm(x).relu())
-        return x + self.out_conv(self.out_norm(h).relu())
+def _residual_block(channels: int) -> ResidualBlock:
+    """(N, C, H, W) -> the same shape: two normalized, weight-normalized 3 x 3 convolutions and a skip."""
+    return ResidualBlock(
+        in_norm=nn.BatchNorm2d(channels),
+        in_relu=nn.ReLU(),
+        in_conv=WeightNormConv2d(channels, channels, 3, bias=False),
+        out_norm=nn.BatchNorm2d(channels),
+        out_relu=nn.ReLU(),
+        out_conv=WeightNormConv2d(channels, channels, 3),
+    )
 
 
 class ResidualNet(nn.Module):
     """x: (N, C, H, W) -> (N, 2 C, H, W): RealNVP's scale-and-shift network, with a skip from every block to the end.
 
-    masked: half of the pixels are 0, so what is normalised is doubled.
+    masked: half of the pixels are 0, so the normalized input is doubled.
     """
 
     def __init__(self, channels: int, width: int, blocks: int, masked: bool):
@@ -153,7 +143,7 @@ class ResidualNet(nn.Module):
         self.in_norm = nn.BatchNorm2d(channels)
         self.in_conv = WeightNormConv2d(2 * channels, width, 3)
         self.in_skip = WeightNormConv2d(width, width, 1)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_residual_block(width) for _ in range(blocks))
         self.skips = nn.ModuleList(WeightNormConv2d(width, width, 1) for _ in range(blocks))
         self.out_norm = nn.BatchNorm2d(width)
         self.out_conv = WeightNormConv2d(width, 2 * channels, 1)
@@ -170,20 +160,20 @@ class ResidualNet(nn.Module):
         return self.out_conv(self.out_norm(skips).relu())
 
 
-class _ImageFlow(Flow):
+class ImageFlow(Flow):
     """A flow of images whose couplings have `ResidualNet`s."""
 
-    def __init__(self, layers, shape, levels, reversible):
+    def __init__(self, layers, shape: Sequence[int], levels: int | None = 256, reversible: bool = False):
         super().__init__([Logit(0.90), *layers], shape, levels, reversible=reversible)
 
     def load_published(self, state: dict):
-        """Take the weights of FlowGMM's network from its state dict, layer by layer in their order.
+        """Take the weights of FlowGMM's network from its state dict, layer by layer.
 
         A layer's tensors are `*.st_net.*` and `*.rescale.*` of a coupling, `*.weight` (C, C, 1, 1) and `*.bias` of a
         1 x 1 convolution, `*.weight` (C,), `*.bias` and `*.initialized` of an ActNorm, there (x + bias) exp(weight).
-        Raises `UserError` where the state dict is of another architecture.
+        Raises `UserError` for another architecture.
         """
-        published = {}  # where a layer is in the published network -> its tensors
+        published = {}  # a layer's place in the published network -> its tensors
         for name, value in state.items():
             place = re.split(r"(?:st_net|rescale)\.|\w+$", name)[0]
             published.setdefault(place, {})[name.removeprefix(place)] = value
@@ -215,18 +205,18 @@ def _published_layer(kind: type[nn.Module], tensors: dict) -> dict[str, Tensor]:
         return {"W": tensors["weight"].flatten(1), "bias": tensors["bias"]}
     if kind is ActNorm:
         return {"logs": tensors["weight"], "bias": -tensors["bias"]}
-    found = {
+    weights = {
         name.replace("st_net.", "net.", 1).replace(".conv.", "."): value
         for name, value in tensors.items()
         if name.startswith("st_net.")
     }
     if "rescale.weight_g" in tensors:  # the weight-normalised gain g v / |v| of one entry is g sign(v)
-        found["gain"] = (tensors["rescale.weight_g"] * tensors["rescale.weight_v"].sign()).flatten()
-    return found
+        weights["gain"] = (tensors["rescale.weight_g"] * tensors["rescale.weight_v"].sign()).flatten()
+    return weights
 
 
-def _steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=False) -> list[nn.Module]:
-    """One coupling for each of `changed`, each behind an ActNorm and a 1 x 1 convolution if wanted."""
+def coupling_steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=False) -> list[nn.Module]:
+    """One coupling for each entry of `changed`, each preceded by an ActNorm and a 1 x 1 convolution if asked for."""
     layers = []
     for part in changed:
         if actnorm:
@@ -239,19 +229,19 @@ def _steps(channels, width, blocks, changed: Sequence[str], conv=False, actnorm=
     return layers
 
 
-_CHECKERBOARD = ("even", "odd", "even")
-_HALVES = ("first", "second", "first")
+CHECKERBOARD = ("even", "odd", "even")
+HALVES = ("first", "second", "first")
 
 
-class RealNVP(_ImageFlow):
+class RealNVP(ImageFlow):
     """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's RealNVP for images of 32 x 32.
 
-    At every scale but the last three couplings on the checkerboard, a squeeze, three on halves of the channels with
-    twice the width, and half of the channels are finished; at the last scale four on the checkerboard.
+    All scales but the last have three checkerboard couplings, a squeeze and three couplings of channel halves with
+    twice the width, then factor out half of the channels; the last scale has four checkerboard couplings.
 
-    shape: (C, H, W).   scales: their number.   width: of the networks at the first scale.   blocks: residual blocks of
-    each network.   conv: an invertible 1 x 1 convolution before each coupling.   actnorm: an ActNorm before that.
-    doubling: whether the width doubles with each squeeze.   levels, reversible: see `Flow`.
+    shape: (C, H, W).   scales: number of scales.   width: of the networks at the first scale.   blocks: residual blocks
+    per network.   conv: an invertible 1 x 1 convolution before each coupling.   actnorm: an ActNorm before that.
+    doubling: whether the width doubles with each squeeze.   options: levels, reversible, see `Flow`.
     """
 
     def __init__(
@@ -263,19 +253,18 @@ class RealNVP(_ImageFlow):
         conv: bool = False,
         actnorm: bool = False,
         doubling: bool = True,
-        levels: int | None = 256,
-        reversible: bool = False,
+        **options,
     ):
         layers, channels = [], shape[0]
         for _ in range(scales - 1):
-            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv, actnorm)
+            layers += coupling_steps(channels, width, blocks, CHECKERBOARD, conv, actnorm)
             layers.append(Squeeze())
             width = 2 * width if doubling else width
-            layers += _steps(4 * channels, width, blocks, _HALVES, conv, actnorm)
+            layers += coupling_steps(4 * channels, width, blocks, HALVES, conv, actnorm)
             layers.append(FactorOut(2 * channels))
             channels = 2 * channels
-        layers += _steps(channels, width, blocks, (*_CHECKERBOARD, "odd"), conv, actnorm)
-        super().__init__(layers, shape, levels, reversible)
+        layers += coupling_steps(channels, width, blocks, (*CHECKERBOARD, "odd"), conv, actnorm)
+        super().__init__(layers, shape, **options)
 
 
 class RealNVPMNIST(RealNVP):
@@ -286,58 +275,3 @@ class RealNVPMNIST(RealNVP):
 
     def __init__(self, shape: Sequence[int] = (1, 28, 28), width: int = 64, blocks: int = 4, **options):
         super().__init__(shape, 3, width, blocks, doubling=False, **options)
-
-
-class Glow(_ImageFlow):
-    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow (after Kingma & Dhariwal 2018).
-
-    Steps of ActNorm, 1 x 1 convolution and a coupling of the first half of the channels (of an odd number the one in
-    the middle waits), three before and three after a squeeze, four and four at the last scale. Arguments as of
-    `RealNVP`.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int] = (3, 32, 32),
-        scales: int = 2,
-        width: int = 64,
-        blocks: int = 8,
-        levels: int | None = 256,
-        reversible: bool = False,
-    ):
-        layers, channels = [], shape[0]
-        for scale in range(scales):
-            last = scale == scales - 1
-            changed = ("first",) * (4 if last else 3)
-            layers += _steps(channels, width, blocks, changed, conv=True, actnorm=True)
-            layers.append(Squeeze())
-            layers += _steps(4 * channels, 2 * width, blocks, changed, conv=True, actnorm=True)
-            if not last:
-                layers.append(FactorOut(2 * channels))
-            channels, width = 2 * channels, 2 * width
-        super().__init__(layers, shape, levels, reversible)
-
-
-class GlowMNIST(_ImageFlow):
-    """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): FlowGMM's Glow for MNIST, 14 steps of one width.
-
-    Steps of ActNorm, 1 x 1 convolution and a coupling as in `RealNVPMNIST`. Arguments as there.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        width: int = 64,
-        blocks: int = 4,
-        levels: int | None = 256,
-        reversible: bool = False,
-    ):
-        layers, channels = [], shape[0]
-        for halves in (_HALVES, _HALVES[:2]):
-            layers += _steps(channels, width, blocks, _CHECKERBOARD, conv=True, actnorm=True)
-            layers.append(Squeeze())
-            layers += _steps(4 * channels, width, blocks, halves, conv=True, actnorm=True)
-            layers.append(FactorOut(2 * channels))
-            channels = 2 * channels
-        layers += _steps(channels, width, blocks, _CHECKERBOARD, conv=True, actnorm=True)
-        super().__init__(layers, shape, levels, reversible)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..reference import log_softplus
 from .density import FlowDensity, FlowOutput, checked_classes, draw_classes
-from .flow import Flow, load_weights
+from .flow import Flow, invert_layers, load_weights, run_layers
 from .layers import (
     ActNorm,
     ConditionalShift,
@@ -19,35 +19,26 @@ from .layers import (
     InvertibleConv,
     Logit,
     NetActNorm,
+    ResidualBlock,
     Squeeze,
+    zero_last,
 )
 
 # ---- Networks -----------------------------------------------------------------------------------------------------
 
 
-class ResidualBlock(nn.Module):
-    """x: (N, C, H, W) or (..., C) -> the same: x + net(x)."""
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
-
-
 class ConditionalNet(nn.Sequential):
-    """x: (N, C, H, W), e: (N, E) -> (N, ...), or x: (..., C), e: (..., E) -> (..., ...): layers on x and e together.
+    """x: (N, C, H, W), e: (N, E) -> (N, ...), or x: (..., C), e: (..., E) -> (..., ...): layers applied to [x, e].
 
-    Of a first layer that is linear each part is applied on its own: what depends on the class alone is computed once
-    for all rows, and what depends on the row alone once for all classes.
+    A linear first layer is applied to x and to e separately: the class's part is computed once for all rows, and the
+    row's part once for all classes.
     """
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         first, *rest = self
         if isinstance(first, nn.Linear):
-            of_x, of_e = first.weight.split((x.shape[-1], e.shape[-1]), 1)
-            h = F.linear(x, of_x) + F.linear(e, of_e, first.bias)
+            weight_x, weight_e = first.weight.split((x.shape[-1], e.shape[-1]), 1)
+            h = F.linear(x, weight_x) + F.linear(e, weight_e, first.bias)
         else:
             h = first(torch.cat((x, e[:, :, None, None].expand(-1, -1, *x.shape[2:])), 1))
         for layer in rest:
@@ -56,27 +47,21 @@ class ConditionalNet(nn.Sequential):
 
 
 def image_net(inputs: int, width: int, outputs: int, kind: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
-    """(N, inputs, H, W) -> (N, outputs, H, W): SCNF's network of four residual blocks, at first constant 0."""
-
-    def conv(a, b):
-        return nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3)
-
-    blocks = (ResidualBlock(nn.ReLU(), *conv(width, width), nn.ReLU(), *conv(width, width)) for _ in range(4))
-    net = kind(*conv(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *conv(width, outputs))
-    return _zero_last(net)
+    """(N, inputs, H, W) -> (N, outputs, H, W): SCNF's network of four residual blocks, initially constant 0."""
+    return _residual_net(lambda a, b: (nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3)), inputs, width, outputs, kind)
 
 
 def vector_net(inputs: int, width: int, outputs: int) -> ConditionalNet:
-    """x and e, (..., inputs) together, -> (..., outputs): the same network on vectors, at first constant 0."""
-    blocks = (ResidualBlock(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(4))
-    net = ConditionalNet(nn.Linear(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), nn.Linear(width, outputs))
-    return _zero_last(net)
+    """[x, e]: (..., inputs) -> (..., outputs): the same network for vectors, initially constant 0."""
+    return _residual_net(lambda a, b: (nn.Linear(a, b),), inputs, width, outputs, ConditionalNet)
 
 
-def _zero_last(net):
-    nn.init.zeros_(net[-1].weight)
-    nn.init.zeros_(net[-1].bias)
-    return net
+def _residual_net(layer, inputs, width, outputs, kind):
+    def block():
+        return ResidualBlock(net=nn.Sequential(nn.ReLU(), *layer(width, width), nn.ReLU(), *layer(width, width)))
+
+    blocks = (block() for _ in range(4))
+    return zero_last(kind(*layer(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *layer(width, outputs)))
 
 
 # ---- Flows --------------------------------------------------------------------------------------------------------
@@ -85,22 +70,16 @@ def _zero_last(net):
 class MaskedGlow(Flow):
     """x: (N, *shape) in [0, 1] -> z (N, D), logdet (N,): SCNF's unconditional flow f for MNIST.
 
-    Steps of 1 x 1 convolution, coupling and ActNorm at three scales: at the first two three on the checkerboard, a
-    squeeze, two on the channels, and half of the channels are finished; at the last one three and two. For MNIST z is
-    392 + 196 finished dimensions and 196 deep ones.
+    Steps of 1 x 1 convolution, coupling and ActNorm at three scales. The first two have three steps with checkerboard
+    couplings, a squeeze and two steps with channel couplings, then factor out half of the channels; the last has three
+    and two steps. For MNIST z has 392 + 196 dimensions factored out and 196 deep ones.
 
-    shape: (C, H, W), sides divisible by 4, at least 8.   width: of the networks.   conv: form of the 1 x 1 convolutions
-    (see `InvertibleConv`).   factors: reflections of theirs.   levels, reversible: see `Flow`.
+    shape: (C, H, W), sides divisible by 4, at least 8.   width: of the networks.   conv, factors: form and number of
+    reflections of the 1 x 1 convolutions (see `InvertibleConv`).   options: levels (256), reversible, see `Flow`.
     """
 
     def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        width: int = 64,
-        conv: str = "full",
-        factors: int = 2,
-        levels: int | None = 256,
-        reversible: bool = False,
+        self, shape: Sequence[int] = (1, 28, 28), width: int = 64, conv: str = "full", factors: int = 2, **options
     ):
         def masked(channels):
             for changed in ("even", "odd", "even"):
@@ -124,11 +103,11 @@ class MaskedGlow(Flow):
             layers += [*masked(channels), Squeeze("space"), *halves(4 * channels), FactorOut(out, first=True)]
             channels = 4 * channels - out
         layers += [*masked(channels), *halves(channels)]
-        super().__init__(layers, shape, levels, reversible=reversible)
+        super().__init__(layers, shape, options.pop("levels", 256), **options)
 
 
 class PointFlow(Flow):
-    """x: (N, D) -> z (N, D), logdet (N,): `steps` of 1 x 1 convolution, coupling and ActNorm; SCNF's f of the plane."""
+    """x: (N, D) -> z (N, D), logdet (N,): `steps` of 1 x 1 convolution, coupling, ActNorm; SCNF's f for the plane."""
 
     def __init__(self, features: int = 2, steps: int = 5, width: int = 64):
         first, second = features - features // 2, features // 2
@@ -147,9 +126,9 @@ class PointFlow(Flow):
 class ConditionalFlow(nn.Module):
     """x: (..., D), e: (..., E) -> z (..., D), logdet (...): SCNF's flow h of the deep dimensions, given a class.
 
-    The leading axes of x and of e, the class's embedding, broadcast: x (1, N, D) with e (K, 1, E) is the flow of every
-    sample given every class, in one pass. At each of `levels` levels `steps` of ActNorm, 1 x 1 convolution and a
-    conditional coupling, and between levels half of the dimensions are finished.
+    The leading axes of x and of the class embedding e broadcast: x (1, N, D) with e (K, 1, E) gives every sample under
+    every class in one pass. Each of the `levels` has `steps` of ActNorm, 1 x 1 convolution and conditional coupling;
+    all levels but the last factor out half of the dimensions.
     """
 
     def __init__(
@@ -164,7 +143,7 @@ class ConditionalFlow(nn.Module):
     ):
         super().__init__()
         self.features, self.embedding = features, embedding
-        layers, finished = [], []
+        layers, pieces = [], []
         for level in range(levels):
             if features < 2:
                 raise ValueError(f"a flow of {self.features} dimensions has none left to couple at level {level + 1}")
@@ -176,32 +155,19 @@ class ConditionalFlow(nn.Module):
                 )
                 layers += [ActNorm(features), InvertibleConv(features, conv, factors), DoubleCoupling(*nets)]
             if level < levels - 1:
-                finished.append(_half_to_even(features))
-                layers.append(FactorOut(finished[-1], first=True))
-                features -= finished[-1]
+                pieces.append(_half_to_even(features))
+                layers.append(FactorOut(pieces[-1], first=True))
+                features -= pieces[-1]
         self.layers = nn.ModuleList(layers)
-        self._pieces = [*finished, features]
+        self._pieces = [*pieces, features]
 
     def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        logdet, pieces = 0.0, []
-        for layer in self.layers:
-            if isinstance(layer, FactorOut):
-                x, piece = layer(x)
-                pieces.append(piece)
-            else:
-                x, term = layer(x, e) if isinstance(layer, DoubleCoupling) else layer(x)
-                logdet = logdet + term
-        return torch.cat([*pieces, x], -1), logdet
+        pieces, logdet = run_layers(self.layers, x, e)
+        return torch.cat(pieces, -1), logdet
 
     def inverse(self, z: Tensor, e: Tensor) -> Tensor:
         """z: (..., D), e: (..., E) -> x (..., D)."""
-        *pieces, x = z.split(self._pieces, -1)
-        for layer in reversed(self.layers):
-            if isinstance(layer, FactorOut):
-                x = layer.inverse(x, pieces.pop())
-            else:
-                x = layer.inverse(x, e) if isinstance(layer, DoubleCoupling) else layer.inverse(x)
-        return x
+        return invert_layers(self.layers, z.split(self._pieces, -1), e)
 
 
 def _half_to_even(channels):
@@ -213,18 +179,18 @@ def _half_to_even(channels):
 
 
 class SCNF(FlowDensity):
-    """x: (N, *shape) -> FlowOutput: a flow f without and, on its last dimensions, a flow h with the class as condition.
+    """x: (N, *shape) -> FlowOutput: an unconditional flow f and, on its last dimensions, a flow h given the class.
 
-    z = f(x) = [z_aux, z_deep], z_h = h(z_deep; y); z_aux and z_h have Gaussian priors with mean 0 and one deviation
-    softplus(rho) a dimension (Atanov et al. 2019, section 2.2):
+    z = f(x) = [z_aux, z_deep], z_h = h(z_deep; y); z_aux and z_h have Gaussian priors with mean 0 and a deviation
+    softplus(rho) per dimension (Atanov et al. 2019, section 2.2):
 
         log p(x | y) = log |det df/dx| + log N(z_aux) + log |det dh_y/dz_deep| + log N(h(z_deep; y))
 
-    f runs once for all classes, and h on all of them in one batch. In the result z is that of f.
+    f runs once for all classes, h for all of them in one batch. The z of the result is that of f.
 
     f: a `Flow`.   h: a `ConditionalFlow`, or "shift": z_h = z_deep - mean_y, a mixture of Gaussians (SCNF-GMM).
-    classes: K.   deep: dimensions of z_deep; None: all of them, or those of h.   class_prior: (K,) p(y), or counts of
-    the labels, which are then fixed; None: uniform.
+    classes: K.   deep: dimensions of z_deep; None: those of h, or all.   class_prior: (K,) p(y), or counts of the
+    labels, which stay fixed; None: uniform.
     """
 
     def __init__(
@@ -262,8 +228,8 @@ class SCNF(FlowDensity):
         z, logdet = self.f(x)
         aux, deep = self._split(z)
         z_h, logdet_h = self.h(deep[None], self.embedding[:, None])
-        of_class = logdet_h + _log_normal(z_h, self.deep_rho)
-        class_log_prob = self.log_prior + _log_normal(aux, self.aux_rho)[:, None] + of_class.T
+        deep_log_prob = logdet_h + _log_normal(z_h, self.deep_rho)  # (K, N)
+        class_log_prob = self.log_prior + _log_normal(aux, self.aux_rho)[:, None] + deep_log_prob.T
         return FlowOutput(z, logdet, class_log_prob, class_log_prob.logsumexp(1) + logdet)
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -277,7 +243,7 @@ class SCNF(FlowDensity):
 
     @torch.no_grad()
     def sample_latent(self, n: int, y=None, generator: torch.Generator | None = None) -> Tensor:
-        """n points (n, D) of f's latent space, of class y (an int, or one a row (n,)) or of classes drawn from p(y)."""
+        """-> (n, D) points of f's latent space of class y, an int or (n,) one per row, or drawn from p(y)."""
         if y is None:
             y = draw_classes(self.log_prior.exp(), n, generator)
         y = checked_classes(y, n, self.classes, self.embedding.device)
@@ -287,27 +253,27 @@ class SCNF(FlowDensity):
         return torch.cat((aux, self.h.inverse(deep, self.embedding[y])), 1)
 
     def class_means(self) -> Tensor:
-        """(K, D) the points of f's latent space that h takes to 0 given each class."""
+        """-> (K, D) the points of f's latent space that h maps to 0 given each class."""
         deep = self.h.inverse(self.deep_rho.new_zeros(self.classes, self.deep), self.embedding)
         return torch.cat((deep.new_zeros(self.classes, self.f.features - self.deep), deep), 1)
 
     def width(self) -> Tensor:
-        """() the mean standard deviation of z_h."""
+        """-> () the mean standard deviation of z_h."""
         return F.softplus(self.deep_rho).mean()
 
     def log_class_prior(self) -> Tensor:
-        """(K,) log p(y)."""
+        """-> (K,) log p(y)."""
         return self.log_prior
 
     def load_published(self, state: dict):
-        """Take the weights from the state dict of the published model: `flow.modules_.*` and `prior.*`.
+        """Take the weights from the state dict of the published model, `flow.modules_.*` and `prior.*`.
 
-        p(y) is not in it and stays as it is. Raises `UserError` where the state dict is of another architecture.
+        It has no p(y), which stays as it is. Raises `UserError` for another architecture.
         """
-        found, own = {"log_prior": self.log_prior}, self.state_dict()
+        weights, here = {"log_prior": self.log_prior}, self.state_dict()
         for name, value in state.items():
             name = name.removeprefix("module.")
-            # Masks follow from the layer, flags are ours no more, and the means are always 0.
+            # Masks follow from the layer, ActNorms have no flag here, and the means are always 0.
             if name.rpartition(".")[2] in ("mask", "requires_init", "mean"):
                 continue
             for theirs, ours in _PUBLISHED_NAMES:
@@ -316,10 +282,10 @@ class SCNF(FlowDensity):
                     break
             if name.endswith("factors.weight"):
                 name = "embedding"
-            if name in own and own[name].dim() == value.dim() - 2:  # published vectors are images of one pixel
+            if name in here and here[name].dim() == value.dim() - 2:  # published vectors are images of one pixel
                 value = value.flatten(-3)
-            found[name] = value
-        load_weights(self, found, "SCNF")
+            weights[name] = value
+        load_weights(self, weights, "SCNF")
 
     def _split(self, z):
         return z.split((z.shape[1] - self.deep, self.deep), 1)

@@ -1,11 +1,10 @@
-"""The methods: each is a module with the loss of one paper, `METHODS[name](features, classes, config)`.
+"""The methods, one file per paper, and what they share.
 
-`method(features, logits, y, u_y, step) -> loss, metrics` is a function of tensors. What a method learns or remembers
-beyond the classifier (flows, alignment window) are its own parameters and buffers.
+base        what training asks of a method (`Method`), and what it tells the method about the data (`Task`)
+classifier  methods on an image classifier: normatch, fixmatch, supervised
+density     methods that train a flow end to end: flowgmm, scnf
+terms       the terms that losses share        means   where FlowGMM's Gaussians stand
+backbones, distributed, scorer                 networks, several processes, accuracies
+
+Imports flows and ops, and knows nothing of training. `config.METHODS` maps names to classes.
 """
-
-from .fixmatch import FixMatch
-from .normatch import NorMatch
-from .supervised import Supervised
-
-METHODS = {"normatch": NorMatch, "fixmatch": FixMatch, "supervised": Supervised}

@@ -1,28 +1,45 @@
 """FixMatch (Sohn et al. 2020, arXiv 2001.07685): confident predictions on weak views label the strong views."""
 
-from torch import nn
+from typing import Annotated
+
+from pydantic import Field
 from torch.nn import functional as F
 
-from .metrics import average
+from ..config import Positive, Share, Weight, key
+from .classifier import ClassifierKeys, ImageClassifier
+from .terms import average, consistency
 
 
-class FixMatch(nn.Module):
-    """features: (B + 2 N_u, D), logits: (B + 2 N_u, K), y: (B,), u_y: (N_u,) -> loss, metrics.
+class PseudoLabelKeys(ClassifierKeys):
+    """The settings of the methods that learn from the classifier's own pseudo-labels."""
 
-    Rows are the labelled images, the weak and the strong views of the unlabelled ones. L = L_x + lambda_u L_u.
-    u_y, the true labels where they are known and -1 where not, goes into the metrics only.
+    uratio: Positive = key(7, "unlabeled images per step, as a multiple of batch_size (mu)")
+    lambda_u: Weight = key(1.0, "weight of the unlabeled loss")
+    T: Annotated[float, Field(gt=0, allow_inf_nan=False)] = key(1.0, "temperature of the pseudo-labels")
+    p_cutoff: Share = key(0.95, "confidence threshold of FixMatch; for NorMatch only reported")
+    hard_label: bool | None = key(
+        None, "one-hot pseudo-labels; none: as published, yes for fixmatch and three voters, no for normatch"
+    )
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether pseudo-labels are one-hot."""
+        return True if self.hard_label is None else self.hard_label
+
+
+class FixMatch(ImageClassifier):
+    """batch: images (B + 2 N_u, 3, H, W), y (B,), u_y (N_u,) -> loss, metrics.
+
+    The images are the labeled ones, the weak and the strong views of the unlabeled ones. L = L_x + lambda_u L_u.
+    u_y, the true labels where they are known and -1 where not, only enters the metrics.
     """
 
-    uses_unlabeled = True
-    flows = ()
+    Keys = PseudoLabelKeys
 
-    def __init__(self, features: int, classes: int, config):
-        super().__init__()
-        self.config = config
-
-    def forward(self, features, logits, y, u_y, step):
-        config = self.config
+    def forward(self, batch, step):
+        config, y, u_y = self.config, batch["y"], batch["u_y"]
         n = len(u_y)
+        _, logits = self.classify(batch["images"])
         logits_x, logits_weak, logits_strong = logits.split((len(y), n, n))
         loss_x = F.cross_entropy(logits_x, y)
         loss_u, mask, confidence, pseudo_label = consistency(
@@ -43,18 +60,3 @@ class FixMatch(nn.Module):
             "pseudo_label_accuracy": average(right, known),
             "pseudo_label_accuracy_high_confidence": average(right, known & mask.bool()),
         }
-
-
-def consistency(logits_weak, logits_strong, T, p_cutoff, hard_label, mask_temperature=1.0):
-    """logits_weak, logits_strong: (N_u, K) -> L_u (scalar), mask, confidence, pseudo-labels (N_u,).
-
-    L_u = 1/N_u sum_i 1[max_k p_ik >= p_cutoff] H(target_i, softmax(logits_strong_i)), eq. 4 of the paper, the mean
-    over all rows. The target is argmax_k p_ik, or with soft labels softmax(logits_weak / T), eq. 5.
-    p = softmax(logits_weak / mask_temperature); kekmodel's published code puts T there, the paper 1.
-    """
-    logits_weak = logits_weak.detach()
-    confidence, pseudo_label = (logits_weak / mask_temperature).softmax(1).max(1)
-    mask = (confidence >= p_cutoff).to(logits_strong.dtype)
-    target = pseudo_label if hard_label else (logits_weak / T).softmax(1)
-    loss_u = (F.cross_entropy(logits_strong, target, reduction="none") * mask).mean()
-    return loss_u, mask, confidence, pseudo_label

@@ -1,53 +1,70 @@
-"""SCNF (Atanov et al. 2019, INNF, arXiv 1905.00505): a flow whose last dimensions alone are told the class.
+"""SCNF (Atanov et al. 2019, INNF, arXiv 1905.00505): a flow whose last dimensions alone depend on the class.
 
-One pass of the large flow gives the density of a sample under every class, so that an unlabelled sample, whose class is
-summed out, costs hardly more than a labelled one.
+One pass of the large flow gives the density of a sample under every class, so that an unlabeled sample, whose class is
+summed out, costs hardly more than a labeled one.
 """
 
+from typing import Literal
+
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from .flowgmm import two_views
-from .metrics import average
-from .normatch import ramp
+from ..config import NonNegative, Positive, Weight, key
+from ..flows.build import make_scnf
+from .density import DensityKeys, DensityMethod
+from .terms import average, ramp, two_views
 
 
-class SemiConditional(nn.Module):
-    """batch, step -> loss, metrics: `model`, an SCNF, in training; all that is averaged and saved.
+class SCNFKeys(DensityKeys):
+    """SCNF's settings, under their published names."""
 
-    The batch holds images (B + U, ...) or (B + 2U, ...), y (B,) and u_y (U,): its rows are the labelled samples, the
-    unlabelled ones and, in images, second views of the unlabelled ones, which then are the ones to learn from.
+    ssl_model: Literal["cond-flow", "cond-shift"] = key(
+        "cond-flow", "what tells the classes apart: a flow of the deep dimensions, or a shift (a mixture)"
+    )
+    ssl_dim: NonNegative = key(0, "deep dimensions; 0: all")
+    ssl_l: Positive = key(2, "levels of the conditional flow; all but the last factor out half of the dimensions")
+    ssl_k: Positive = key(4, "couplings per level of the conditional flow")
+    ssl_hd: Positive = key(256, "width of the conditional flow's networks")
+    ssl_conv: Literal["full", "hh", "qr"] = key("full", "form of the conditional flow's 1 x 1 convolutions")
+    ssl_hh: Positive = key(2, "Householder reflections of each of them")
+    cl_weight: Weight = key(0.0, "weight of the cross-entropy of labeled samples")
 
-        L = -(w sum_labelled log p(x | y) + sum_unlabelled log p(x)) / (w B + U)
+
+class SemiConditional(DensityMethod):
+    """batch: images (B + U, ...) or (B + 2U, ...), y (B,), u_y (U,) -> loss, metrics; `density`: an SCNF.
+
+    The samples are the labeled ones, the unlabeled ones and, for images, second views of the unlabeled ones, which then
+    are the ones learned from.
+
+        L = -(w sum_labeled log p(x | y) + sum_unlabeled log p(x)) / (w B + U)
             + cl_weight CE + r consistency_weight L_c
 
-    with w = label_weight (published: sup_weight) and CE = -mean_labelled log p(y | x), in nats (section 2.3 of the
-    paper). log p(y) is left out of the first term, where it is a constant. L_c, which SCNF as published has not:
-    -mean_unlabelled log p(y' | x'), with y' the class that the other view of x' is given (FlowGMM's consistency);
-    r rises from 0 to 1 over the first `consistency_rampup` steps.
-    u_y, the true labels where they are known and -1 where not, goes into the metrics only.
+    with w = label_weight (published: sup_weight) and CE = -mean_labeled log p(y | x), in nats (section 2.3 of the
+    paper). log p(y) is left out of the first term, where it is a constant. L_c, which the published SCNF lacks:
+    -mean_unlabeled log p(y' | x'), with y' the class that the other view of x' is given (FlowGMM's consistency); r
+    rises from 0 to 1 over the first `consistency_rampup` steps.
+    u_y, the true labels where they are known and -1 where not, only enters the metrics.
     """
 
-    def __init__(self, model: nn.Module, config):
-        super().__init__()
-        self.model, self.config = model, config
+    Keys = SCNFKeys
 
-    def forward(self, batch: dict[str, torch.Tensor], step: torch.Tensor):
+    def build(self, task, x, y):
+        return make_scnf(self.config, self.shape, len(task.classes), x, y)
+
+    def forward(self, batch, step):
         config, y, u_y = self.config, batch["y"], batch["u_y"]
         b, u = len(y), len(u_y)
         consistent = config.consistency_weight > 0 and u > 0
-        views, second = two_views(batch["images"], b, u, config.noise)
-        # The networks in the couplings alone are for bf16; likelihoods stay in fp32.
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        views, second = two_views(self.inputs(batch["images"]), b, u, config.noise)
+        with self.autocast(views):
             if consistent:
                 with torch.no_grad():
-                    guess = self.model(second).class_log_prob.argmax(1)
-            out = self.model(views)
+                    guess = self.density(second).class_log_prob.argmax(1)
+            out = self.density(views)
 
         joint = out.class_log_prob[:b].gather(1, y[:, None])[:, 0] + out.logdet[:b]
-        labelled = joint - self.model.log_class_prior()[y]
-        loss = -(config.label_weight * labelled.sum() + out.log_prob[b:].sum()) / (config.label_weight * b + u)
+        labeled = joint - self.density.log_class_prior()[y]
+        loss = -(config.label_weight * labeled.sum() + out.log_prob[b:].sum()) / (config.label_weight * b + u)
         loss_x = F.cross_entropy(out.class_log_prob[:b], y)
         if config.cl_weight:
             loss = loss + config.cl_weight * loss_x
@@ -61,3 +78,7 @@ class SemiConditional(nn.Module):
         if u:
             metrics["pseudo_label_accuracy"] = average(out.class_log_prob[b:].argmax(1) == u_y, u_y >= 0)
         return loss, metrics
+
+    def groups(self):
+        """One group, in which everything decays, as published."""
+        return [{"params": list(self.density.parameters()), **self.recipe()}]

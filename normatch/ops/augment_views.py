@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from normatch import reference
-from normatch.augment.policy import MAX_SIDE, Policy, encode_policy, normalization
+from normatch.augment.policy import Policy, encode_policy, normalization
+from normatch.data.base import MAX_SIDE
 from normatch.ops._library import KERNELS, check_dims, check_same, check_tensor, is_built
 
 

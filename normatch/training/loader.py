@@ -25,7 +25,6 @@ from normatch.augment.pillow import pillow_batches
 from normatch.augment.policy import find_policy
 from normatch.data import LABELED, UNLABELED, Dataset, Split, sample_order
 from normatch.errors import UserError
-from normatch.tables import Table
 
 BACKENDS = ("auto", "native", "dali", "pil")
 
@@ -39,7 +38,7 @@ class StepDraws:
 
     def __init__(
         self,
-        dataset: Dataset | Table,
+        dataset: Dataset,
         split: Split,
         seed: int,
         batch_size: int,
@@ -52,7 +51,7 @@ class StepDraws:
         if batch_size % ranks:
             raise UserError(f"batch_size {batch_size} is not divisible by the {ranks} processes that share it")
         total, pool = len(dataset.train_labels), len(split.unlabeled)
-        rows = "images" if isinstance(dataset, Dataset) else "rows"
+        rows = "rows" if dataset.is_table else "images"
         if batch_size > total:
             raise UserError(f"batch_size {batch_size} is larger than {dataset.name} with its {total} training {rows}")
         if uratio * batch_size > pool:
@@ -180,7 +179,7 @@ def make_batches(
         return Batches(_labeled(made, views, device), name, reason)
     if name == "dali":
         return Batches(_labeled(dali.dali_batches(views, start, stop, device, dtype), views, device), name, reason)
-    images = views.dataset.train_images
+    images = views.dataset.train_x
     in_memory = isinstance(images, np.ndarray)
     if resident is None:
         resident = in_memory and (device.type == "cpu" or _fits(images.nbytes, device))
