@@ -1,21 +1,19 @@
-// Augmented views on the GPU: one block makes one view. The picture and its successor lie in shared memory (in a
-// workspace where they are too large for it), so that memory sees one read of the image and one write of the
-// normalised view: 3 bytes in and 6 (bf16) or 12 (fp32) out a pixel. Thread 0 draws the view; every pass gives
-// neighbouring threads neighbouring levels or pixels. All sums are of integers, hence the same in any order.
+// Augmented views on the GPU, one block per view. The picture and its successor are in shared memory (in a workspace if
+// too large), so global memory sees one read of the image and one write of the normalized view: per pixel 3 bytes in
+// and 6 (bf16) or 12 (fp32) out. Thread 0 draws the view. All sums are of integers, hence the same in any order.
 #include "augment_views.h"
 
 #include <algorithm>
 
-#include "tensors.h"
+#include "cuda.h"
 
 namespace normatch {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int64_t kSharedLimit = 96 * 1024;
 
-// What the threads of a block share besides the pictures.
+// What a block shares besides the pictures.
 struct Shared {
   View view;
   Affine affine;
@@ -74,9 +72,9 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
     for (int i = threadIdx.x; i < 3 * pixels; i += kThreads) atomicAdd(&s.counts[i % 3][image[i]], 1);
     __syncthreads();
     // A warp a channel, eight levels a lane.
-    const int channel = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int channel = threadIdx.x / kLanesOfWarp, lane = threadIdx.x % kLanesOfWarp;
     if (channel < 3) {
-      constexpr int kEach = 256 / kWarp;
+      constexpr int kEach = 256 / kLanesOfWarp;
       int counts[kEach], sum = 0, lo = 255, hi = 0;
       for (int i = 0; i < kEach; ++i) {
         const int level = lane * kEach + i;
@@ -87,14 +85,14 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
           if (lo == 255) lo = level;
         }
       }
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      for (int offset = kLanesOfWarp / 2; offset > 0; offset /= 2) {
         lo = min(lo, __shfl_xor_sync(kFullWarp, lo, offset));
         hi = max(hi, __shfl_xor_sync(kFullWarp, hi, offset));
       }
       int before = sum;  // inclusive sum over the lanes, then exclusive
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, before, offset);
-        if (lane >= offset) before += other;
+      for (int offset = 1; offset < kLanesOfWarp; offset *= 2) {
+        const int lower = __shfl_up_sync(kFullWarp, before, offset);
+        if (lane >= offset) before += lower;
       }
       before -= sum;
       const int step = hi > lo ? (pixels - s.counts[channel][hi]) / 255 : 0;
@@ -112,8 +110,8 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
       int sum = 0;
       for (int i = threadIdx.x; i < pixels; i += kThreads)
         sum += luma(image[3 * i], image[3 * i + 1], image[3 * i + 2]);
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
-      if (threadIdx.x % kWarp == 0) atomicAdd(&s.luma_sum, sum);
+      sum = lanes_sum<kLanesOfWarp>(sum);
+      if (threadIdx.x % kLanesOfWarp == 0) atomicAdd(&s.luma_sum, sum);
       __syncthreads();
       gray = mean_gray(s.luma_sum, pixels);
     }
@@ -215,38 +213,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <typename T>
-void make_views(const ViewPolicy& p, int64_t seed, const Tensor& images, const Tensor& draws, const Tensor& out) {
-  const int64_t count = draws.size(0), pictures = 2 * 3 * int64_t(p.height) * p.width;
-  if (count == 0) return;
-  const bool fits = pictures <= kSharedLimit;
-  const int64_t blocks = std::min<int64_t>(count, fits ? 1 << 20 : 1024);
-  const Tensor workspace = new_tensor(images, {fits ? 0 : blocks * pictures}, ScalarType::Byte);
-  launch(augment_views_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), fits ? size_t(pictures) : 0, images, p,
-         uint64_t(seed), images.const_data_ptr<uint8_t>(), images.size(0), draws.const_data_ptr<int64_t>(), count,
-         fits ? nullptr : workspace.mutable_data_ptr<uint8_t>(), out.mutable_data_ptr<T>());
-}
-
-Tensor augment_views(const Tensor& images, const Tensor& draws, int64_t seed, std::vector<int64_t> rules,
-                     std::vector<double> values, std::vector<double> scale, std::vector<double> shift,
-                     ScalarType dtype) {
-  const ViewPolicy p = decode_policy(rules, values, scale, shift, images.size(1), images.size(2));
-  const Tensor out = new_tensor(images, {draws.size(0), images.size(1), images.size(2), 3}, dtype);
-  if (dtype == ScalarType::Byte) {
-    make_views<uint8_t>(p, seed, images, draws, out);
-  } else {
-    dispatch(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      if constexpr (!std::is_same_v<T, double>) make_views<T>(p, seed, images, draws, out);
-    });
+struct Views {
+  template <typename T>
+  static void make(const ViewPolicy& p, uint64_t seed, const Tensor& images, const Tensor& draws, const Tensor& out) {
+    const int64_t count = draws.size(0), pictures = 2 * 3 * int64_t(p.height) * p.width;
+    if (count == 0) return;
+    const bool fits = pictures <= kSharedLimit;
+    const int64_t blocks = std::min<int64_t>(count, fits ? 1 << 20 : 1024);
+    const Tensor workspace = new_tensor(images, {fits ? 0 : blocks * pictures}, ScalarType::Byte);
+    launch(augment_views_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), fits ? size_t(pictures) : 0, images, p,
+           seed, images.const_data_ptr<uint8_t>(), images.size(0), draws.const_data_ptr<int64_t>(), count,
+           fits ? nullptr : workspace.mutable_data_ptr<uint8_t>(), out.mutable_data_ptr<T>());
   }
-  return out;
-}
+};
 
 }  // namespace
 
 NM_CUDA_LIBRARY(m) {
-  m.impl("augment_views", TORCH_BOX(&augment_views));
+  m.impl("augment_views", TORCH_BOX(&augment_views<Views>));
 }
 
 }  // namespace normatch

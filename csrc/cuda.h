@@ -1,5 +1,5 @@
-// What the CUDA kernels share: 16-byte accesses along rows, sums over threads, and the second stage of sums that
-// are made in parts. All sums are added up in an order that follows from the sizes alone.
+// What the CUDA kernels share: 16-byte accesses along rows, sums over threads, and the second stage of partial sums.
+// The order of every sum depends on the sizes alone.
 #pragma once
 
 #include "tensors.h"
@@ -51,9 +51,8 @@ __device__ __forceinline__ void load_padded(const T* row, int64_t column, int64_
   }
 }
 
-// Calls each(Count<n>, column) for [0, length) of a row that starts at `first`, shared among kThreads threads: single
-// values up to the first 16-byte boundary, whole packs, and the single values left over; only single ones where
-// `packed` is false.
+// Calls each(Count<n>, column) for [0, length) of a row that starts at `first`, shared among kThreads threads: whole
+// packs between 16-byte boundaries, single values elsewhere, or single values only where `packed` is false.
 template <int kThreads, typename T, typename F>
 __device__ __forceinline__ void for_values(const T* first, int64_t length, bool packed, int thread, const F& each) {
   constexpr int kSize = Pack<T>::kSize;
@@ -65,7 +64,7 @@ __device__ __forceinline__ void for_values(const T* first, int64_t length, bool 
   for (int64_t i = thread; i < singles; i += kThreads) each(Count<1>{}, i < head ? i : i + packs * kSize);
 }
 
-// Whether the rows of all these lie alike with respect to 16-byte boundaries, as for_values asks of what it is used on.
+// Whether corresponding rows have the same offset from a 16-byte boundary, as for_values requires.
 template <typename T, typename... Others>
 bool lie_alike(int64_t rows, Rows<T> first, Others... others) {
   const auto alike = [&](auto other) {
@@ -85,26 +84,33 @@ bool all_aligned(int64_t rows, R... matrices) {
   return (aligned(matrices) && ...);
 }
 
-// The sum over groups of kThreads neighbouring lanes, in each of them.
+// The sum over groups of kThreads neighboring lanes, in each of them.
 template <int kThreads, typename Acc>
 __device__ __forceinline__ Acc lanes_sum(Acc sum) {
   for (int offset = kThreads / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
   return sum;
 }
 
-// log softmax(logits)_k = logits_k - top - log_sum. Every warp finds both for itself.
-struct Normaliser {
-  double top, log_sum;
-};
-
+// The largest value of a warp, in every lane.
 template <typename Acc>
-__device__ __forceinline__ Normaliser normaliser(const Acc* logits, int classes) {
-  const int lane = threadIdx.x % kLanesOfWarp;
-  double top = -INFINITY, sum = 0;
-  for (int k = lane; k < classes; k += kLanesOfWarp) top = max(top, double(logits[k]));
+__device__ __forceinline__ Acc lanes_max(Acc top) {
   for (int offset = kLanesOfWarp / 2; offset > 0; offset /= 2) top = max(top, __shfl_xor_sync(kFullWarp, top, offset));
-  for (int k = lane; k < classes; k += kLanesOfWarp) sum += ::exp(double(logits[k]) - top);
-  return {top, ::log(lanes_sum<kLanesOfWarp>(sum))};
+  return top;
+}
+
+// The sum over the kThreads threads that share a row, valid in the first of them: part of a warp, a warp, or a block,
+// which then calls this once. Static, so that the emulator can place the array of every kernel.
+template <int kThreads, typename Acc>
+static __device__ __forceinline__ Acc row_sum(Acc sum) {
+  sum = lanes_sum < kThreads<kLanesOfWarp ? kThreads : kLanesOfWarp>(sum);
+  if constexpr (kThreads > kLanesOfWarp) {
+    __shared__ Acc warps[kThreads / kLanesOfWarp];
+    if (threadIdx.x % kLanesOfWarp == 0) warps[threadIdx.x / kLanesOfWarp] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int warp = 0; warp < kThreads / kLanesOfWarp; ++warp) sum += warps[warp];
+  }
+  return sum;
 }
 
 inline dim3 grid_of(int64_t blocks) {
@@ -112,20 +118,29 @@ inline dim3 grid_of(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
+// The sum of partial[chunk][column] over the chunks, shared among threadIdx.y and valid in the first of them; 0 where
+// the column does not count. sums: shared, a double a thread
+template <typename Acc>
+__device__ __forceinline__ double column_sum(const Acc* partial, int64_t chunks, int64_t width, int64_t column,
+                                             bool counts, double* sums) {
+  double sum = 0;
+  if (counts)
+    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y)
+      sum += double(partial[chunk * width + column]);
+  sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && counts)
+    for (unsigned y = 1; y < blockDim.y; ++y) sum += sums[y * blockDim.x + threadIdx.x];
+  return sum;
+}
+
 // out[column] = the sum of partial[chunk][column] over the chunks.
 template <typename Acc>
 __global__ void __launch_bounds__(1024) sum_chunks_kernel(const Acc* partial, int64_t chunks, int64_t width, Acc* out) {
-  NM_DYNAMIC_SHARED(double, sums);  // [threadIdx.y][threadIdx.x]
+  NM_DYNAMIC_SHARED(double, sums);
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  double sum = 0;
-  if (column < width)
-    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y) sum += partial[chunk * width + column];
-  sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && column < width) {
-    for (unsigned y = 1; y < blockDim.y; ++y) sum += sums[y * blockDim.x + threadIdx.x];
-    out[column] = Acc(sum);
-  }
+  const double sum = column_sum(partial, chunks, width, column, column < width, sums);
+  if (threadIdx.y == 0 && column < width) out[column] = Acc(sum);
 }
 
 template <typename Acc>

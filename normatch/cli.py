@@ -162,9 +162,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
 def _add_keys(parser: argparse.ArgumentParser, words: list[str]):
     """Every key as a flag, under its own and its published names; the help shows those of the chosen method."""
     chosen = _chosen_method(words)
-    parser.epilog = (
-        f"These are the keys of method {chosen}; --method NAME --help shows another's: {', '.join(METHODS)}."
-    )
+    parser.epilog = f"Keys of method {chosen}. For those of {', '.join(METHODS)}: --method NAME --help"
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="see `normatch presets` (default: digits)")
     parser.add_argument("--config", metavar="FILE", help="YAML file of `key: value` lines")
     shown = method_class(chosen).Keys.model_fields

@@ -1,4 +1,4 @@
-"""The settings of a run: names, types and defaults of those that every run has, and how a configuration is put together.
+"""The settings that every run has, with types and defaults, and how a configuration is put together.
 
 A method adds its own settings in its `Keys`, a subclass of `Config` (`normatch/methods/`). Recipes are YAML files in
 `normatch/presets/`. What comes later wins: defaults, preset, configuration file, keys.
@@ -129,7 +129,7 @@ class Config(BaseModel):
         return self.method
 
 
-# What may differ between a checkpoint and the run that resumes from it. None of these changes what is computed, although
+# What may differ between a checkpoint and the run that resumes from it. None of these changes what is computed, but
 # device and compile change the rounding, and dali differs from the other backends in a few pixels.
 FREE_KEYS = {
     "data_dir", "download", "device", "in_memory", "num_workers", "augment_backend", "compile", "log_every",
@@ -200,18 +200,16 @@ def _preset_for(dataset: str, method: str | type | None) -> str:
     """The best preset for a data set and method: of both, of the data set and a similar method, or of similar data."""
     method = method or ("flowgmm" if dataset in TABLES else "normatch")
     flows = method in FLOWS or (isinstance(method, type) and dataset in TABLES)
-    of_dataset = {
-        name: keys.get("method", "normatch") for name, keys in presets().items() if keys["dataset"] == dataset
-    }
-    exact = [name for name, trained in of_dataset.items() if trained == method]
-    similar = [name for name, trained in of_dataset.items() if (trained in FLOWS) == flows]
+    trained = {name: keys["method"] for name, keys in presets().items() if keys["dataset"] == dataset}
+    exact = [name for name in trained if trained[name] == method]
+    similar = [name for name in trained if (trained[name] in FLOWS) == flows]
     if exact or similar:
         return (exact or similar)[0]
     return ("flowgmm-wine" if dataset in TABLES else "flowgmm-mnist-100-small") if flows else "digits"
 
 
 def _read_yaml(path: str | Path) -> dict:
-    """A YAML file of flat `key: value` lines -> the lines, on top of those of the preset that a `preset:` line names."""
+    """A YAML file of flat `key: value` lines -> them, on top of the preset that a `preset:` line names."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:

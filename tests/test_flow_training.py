@@ -282,7 +282,7 @@ def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
     assert abs(scores["test_accuracy"] - result.test_accuracy) < 1e-6
     model = normatch.load(result.out)
     data = normatch.data.load_dataset(model.config.dataset, image_size=model.image_size)
-    samples = data.test_x if preset == "moons" else data.test_x
+    samples = data.test_x
     probs = model.predict_proba(samples)
     assert probs.shape == (len(samples), len(data.classes)) and (probs.sum(1) - 1).abs().max() < 1e-5
     converted = normatch.tools.convert.convert(result.out, tmp_path / "model.safetensors")

@@ -102,9 +102,9 @@ def decay_groups(model: nn.Module, weight_decay: float, by_name: bool = False) -
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether the forward pass runs under bf16 autocast: where asked for, and with "auto" where bf16 is native.
 
-    That is on every GPU that there are kernels for, and on CPUs with AMX or AVX-512 BF16 instructions. It is a rule, not
-    a trial, so that a run computes the same bits each time. On such a CPU a step takes half the time in bf16, for small
-    networks as for large ones; on others bf16 is emulated and slower.
+    That is on every GPU that there are kernels for, and on CPUs with AMX or AVX-512 BF16 instructions. It is a rule,
+    not a trial, so that a run computes the same bits each time. On such a CPU a step takes half the time in bf16, for
+    small networks as for large ones; on others bf16 is emulated and slower.
     """
     return precision == "bf16" or (precision == "auto" and (device.type == "cuda" or native_bf16()))
 

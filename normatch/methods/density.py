@@ -90,7 +90,7 @@ class DensityMethod(Method):
         return self.config.uratio if self.config.lambda_u or self.config.consistency_weight else 0
 
     def samples(self, x: torch.Tensor) -> torch.Tensor:
-        """x: standardized, (N, 3, H, W) or (N, D) -> what the flow takes: (N, C, H, W), C = 1 for grey images, or (N, D)."""
+        """x: standardized, (N, 3, H, W) or (N, D) -> what the flow takes: (N, C, H, W), C = 1 if grey, or (N, D)."""
         if x.ndim != 4:
             return x
         x = x[:, : self.channels]

@@ -1,7 +1,7 @@
 """NorMatch (Deng et al. 2024, TMLR, arXiv 2211.09593): a linear and a flow classifier vote on the pseudo-labels.
 
-NCUE, the consensus weighting, has no confidence threshold: an unlabeled image counts fully where the voters agree on its
-class, and where they do not, by the confidence of the least confident voter. NUM, the unlabeled maximum-likelihood
+NCUE, the consensus weighting, has no confidence threshold: an unlabeled image counts fully where the voters agree on
+its class, and where they do not, by the confidence of the least confident voter. NUM, the unlabeled maximum-likelihood
 term, fits the flow to the density of unlabeled features.
 """
 

@@ -27,7 +27,7 @@ def count(method, x, labels, mean, std, batch_size: int = 500) -> dict[str, dict
         y = y.to(weight.device)
         outputs = method.class_log_prob(standardize(part.to(weight.device), mean, std, weight.dtype))
         for name, out in outputs.items():
-            log_prob = None
+            log_prob = torch.zeros((), device=weight.device)
             if isinstance(out, FlowOutput):
                 densities.add(name)
                 out, log_prob = out.class_log_prob, out.log_prob
@@ -38,9 +38,7 @@ def count(method, x, labels, mean, std, batch_size: int = 500) -> dict[str, dict
             matrices[name].index_add_(0, k * y + out.argmax(1), torch.ones_like(y))
             top5 = (out.topk(min(5, k)).indices == y[:, None]).sum().double()
             loss = F.cross_entropy(out, y, reduction="sum").double()
-            totals[name] += torch.stack(
-                (top5, loss, torch.zeros_like(loss) if log_prob is None else log_prob.double().sum())
-            )
+            totals[name] += torch.stack((top5, loss, log_prob.double().sum()))
     counts = {}
     for name in matrices:
         matrix = distributed.sum_(matrices[name]).view(k, k).cpu()

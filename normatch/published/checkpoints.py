@@ -157,7 +157,7 @@ def _split(state: dict, params) -> dict:
 
 
 def load_pretrained(method, path: str):
-    """Give a method the weights of a run of it, or of a published checkpoint. Raises `UserError` where they do not fit."""
+    """Give a method the weights of a run, or of a published checkpoint. Raises `UserError` where they do not fit."""
     content = load_checkpoint(path, chosen=True) if Path(path).is_dir() else read_tensors(path)
     if "normatch" in content:
         weights = {name.removeprefix("density."): value for name, value in upgrade(content, path)["ema"].items()}

@@ -126,7 +126,7 @@ def from_scnf(content: dict) -> dict:
 
 
 def upgrade_config(keys: dict, known_by) -> dict:
-    """A configuration that 0.1.0 saved, which lists the keys of every method -> those of its method; others as they are.
+    """A configuration that 0.1.0 saved, with the keys of every method -> those of its method; any other as it is.
 
     `known_by(method)`: the keys that the method knows.
     """

@@ -60,7 +60,7 @@ def from_published(content: dict, dataset: str | None = None) -> dict:
     head = "fc1" if "fc1.weight" in averaged else "fc"  # NorMatch's residual networks call it fc1
     if f"{head}.weight" not in averaged or averaged[f"{head}.weight"].ndim != 2:
         raise UserError("this is not a classifier of a published layout: it has no linear layer 'fc'")
-    classes, features = averaged[f"{head}.weight"].shape
+    classes = len(averaged[f"{head}.weight"])
     backbone, residual = _backbone(averaged)
     transition = _transition(trained, content.get("optimizer"), layout)
     dataset, image_size, mean, std = _images(layout, residual, classes, dataset)
@@ -210,7 +210,7 @@ def first_line(error: Exception) -> str:
 
 
 def load_flow(density, content: dict):
-    """Give a density the weights of FlowGMM's or SCNF's published checkpoint. Raises `UserError` where they do not fit."""
+    """Give a density the weights of FlowGMM's or SCNF's published checkpoint. Raises `UserError` if they do not fit."""
     if isinstance(density, SCNF):
         density.load_published(content)
         return

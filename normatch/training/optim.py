@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ class Optimizer:
     step can stand in the same compiled graph as the forward and backward pass. `trained`: the parameters in turn.
     """
 
-    MEMORY = {  # rule -> what it remembers of each parameter
+    MEMORY: ClassVar = {  # rule -> what it remembers of each parameter
         "sgd": ("momentum_buffer",),
         "adam": ("exp_avg", "exp_avg_sq"),
         "adamw": ("exp_avg", "exp_avg_sq"),
@@ -95,10 +96,7 @@ class Optimizer:
 
     def load_state_dict(self, state: list[dict]):
         """Raises ValueError for the state of other groups."""
-        same = len(state) == len(self.state) and all(
-            a.keys() == b.keys() for a, b in zip(state, self.state, strict=True)
-        )
-        if not same:
+        if [entry.keys() for entry in state] != [entry.keys() for entry in self.state]:
             raise ValueError("the optimizer's state is of other parameter groups")
         for saved, current in zip(state, self.state, strict=True):
             for name, values in current.items():

@@ -78,7 +78,7 @@ class Clock:
         self.steps, self.waits = [], []
         self.read_until = 0
         self.on_gpu = device.type == "cuda"
-        self.marks = []  # on a GPU, which runs behind the host: events at the start of a window and at the end of each step
+        self.marks = []  # on a GPU, which runs behind the host: events around each step of a window
 
     def start_step(self):
         if self.on_gpu and not self.marks:
