@@ -290,9 +290,9 @@ import numpy as np
 from normatch.data import Dataset, split_labels
 from normatch.training.loader import StepViews, make_batches
 
-def proportional(pid):  # MB, where a page that n processes share counts 1/n for each
-    lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+def proportional(pid):  # MB, where a page that n processes share counts 1/n for each; not of libraries' files, which
+    lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()  # unrelated processes share, too
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 def children():
     return [int(pid) for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split()]

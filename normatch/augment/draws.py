@@ -43,15 +43,7 @@ class Parameters:
 
 
 def draw_parameters(
-    policy: Policy,
-    seed: int,
-    visit,
-    samples,
-    view,
-    height: int,
-    width: int,
-    strong: bool,
-    flip: bool = True,
+    policy: Policy, seed: int, visit, samples, view, height: int, width: int, strong: bool, flip: bool = True
 ) -> Parameters:
     """visit, view: int or (N,), samples: (N,) -> Parameters of N views of height x width images.
 

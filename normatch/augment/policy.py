@@ -11,21 +11,9 @@ from normatch.errors import UserError, nearest
 
 # The position in this tuple is the operation's number in the parameter table: never reorder.
 OPS = (
-    "AutoContrast",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Equalize",
-    "Identity",
-    "Posterize",
-    "Rotate",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "Solarize",
-    "TranslateX",
-    "TranslateY",
-)
+    "AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Identity", "Posterize", "Rotate", "Sharpness",
+    "ShearX", "ShearY", "Solarize", "TranslateX", "TranslateY",
+)  # fmt: skip
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
@@ -49,17 +37,15 @@ class Policy:
     flip: bool = True  # whether views may be mirrored, where the images allow it
 
 
+_BLENDS = {op: (0.05, 0.95) for op in ("Brightness", "Color", "Contrast", "Sharpness")}
 POLICIES = {
     # RandAugmentMC(n=2, m=10) of kekmodel's PyTorch FixMatch, which NorMatch uses.
     "kekmodel": Policy(
         num_ops=2,
         ranges={
-            "Brightness": (0.05, 0.95),
-            "Color": (0.05, 0.95),
-            "Contrast": (0.05, 0.95),
+            **_BLENDS,
             "Posterize": (4, 8),
             "Rotate": (0, 30),
-            "Sharpness": (0.05, 0.95),
             "ShearX": (0, 0.3),
             "ShearY": (0, 0.3),
             "Solarize": (256, 0),
@@ -81,12 +67,9 @@ POLICIES = {
     "leedoyup": Policy(
         num_ops=3,
         ranges={
-            "Brightness": (0.05, 0.95),
-            "Color": (0.05, 0.95),
-            "Contrast": (0.05, 0.95),
+            **_BLENDS,
             "Posterize": (4, 8),
             "Rotate": (-30, 30),
-            "Sharpness": (0.05, 0.95),
             "ShearX": (-0.3, 0.3),
             "ShearY": (-0.3, 0.3),
             "Solarize": (0, 256),

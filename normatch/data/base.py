@@ -74,10 +74,11 @@ def standardize(x: torch.Tensor, mean, std, dtype=torch.float32) -> torch.Tensor
     """
     mean = torch.as_tensor(mean, dtype=torch.float32, device=x.device)
     std = torch.as_tensor(std, dtype=torch.float32, device=x.device)
-    x = x.to(torch.float32)
     if x.ndim == 2:
-        return ((x - mean) / std).to(dtype)
-    return (x * (1 / (255 * std)) - mean / std).to(dtype).permute(0, 3, 1, 2)
+        return ((x.to(torch.float32) - mean) / std).to(dtype)
+    # In place: a batch of temporaries for each operation fragments the heap.
+    scaled = x.to(torch.float32, copy=True).mul_(1 / (255 * std)).sub_(mean / std)
+    return scaled.to(dtype).permute(0, 3, 1, 2)
 
 
 def read_csv(path: str | Path) -> list[list[str]]:

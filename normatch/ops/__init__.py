@@ -20,18 +20,7 @@ from normatch.ops.gmm_log_prob import GmmPosterior, gmm_log_prob, gmm_posterior
 from normatch.ops.logdet import logdet
 
 __all__ = [
-    "GmmPosterior",
-    "affine_coupling",
-    "affine_coupling_inverse",
-    "augment_views",
-    "backend",
-    "build_info",
-    "coupling2d",
-    "coupling2d_inverse",
-    "flow_head",
-    "flow_head_path",
-    "gmm_log_prob",
-    "gmm_posterior",
-    "kernels",
+    "GmmPosterior", "affine_coupling", "affine_coupling_inverse", "augment_views", "backend", "build_info",
+    "coupling2d", "coupling2d_inverse", "flow_head", "flow_head_path", "gmm_log_prob", "gmm_posterior", "kernels",
     "logdet",
-]
+]  # fmt: skip

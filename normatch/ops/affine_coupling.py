@@ -4,15 +4,7 @@ import torch
 from torch import Tensor
 
 from normatch import reference
-from normatch.ops._library import (
-    KERNELS,
-    check_dims,
-    check_float,
-    check_no_tangent,
-    check_same,
-    check_shape,
-    register,
-)
+from normatch.ops._library import KERNELS, check_dims, check_float, check_no_tangent, check_same, check_shape, register
 from normatch.reference import accumulation_dtype
 
 

@@ -1,1 +1,1 @@
-"""The training loop and everything it needs: steps -> batches (`loader`)."""
+"""The training loop and what it needs: `loader` makes the batches of a step."""

@@ -37,14 +37,7 @@ class StepDraws:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        split: Split,
-        seed: int,
-        batch_size: int,
-        uratio: int,
-        rank: int = 0,
-        ranks: int = 1,
+        self, dataset: Dataset, split: Split, seed: int, batch_size: int, uratio: int, rank: int = 0, ranks: int = 1
     ):
         if batch_size < 1 or uratio < 0:
             raise UserError(f"batch_size {batch_size} must be at least 1, uratio {uratio} at least 0")
