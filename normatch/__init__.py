@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module that holds it, imported on first use: `normatch --help` need not wait for torch.
 _PUBLIC = {
