@@ -49,15 +49,7 @@ __global__ void affine_coupling_kernel(Rows<const T> in, Rows<const T> s_raw, Ro
     });
   }
   if constexpr (!kInverse) {
-    constexpr int kLanes = kThreadsPerRow < kLanesOfWarp ? kThreadsPerRow : kLanesOfWarp;
-    sum = lanes_sum<kLanes>(sum);
-    if constexpr (kThreadsPerRow > kLanesOfWarp) {
-      __shared__ Acc warps[kThreadsPerRow / kLanesOfWarp];
-      if (thread % kLanesOfWarp == 0) warps[thread / kLanesOfWarp] = sum;
-      __syncthreads();
-      sum = 0;
-      for (int warp = 0; warp < kThreadsPerRow / kLanesOfWarp; ++warp) sum += warps[warp];
-    }
+    sum = row_sum<kThreadsPerRow>(sum);
     if (thread == 0 && output < outputs) logdet[output] = sum;
   }
 }

@@ -6,13 +6,12 @@
 
 #include <algorithm>
 
-#include "tensors.h"
+#include "cuda.h"
 
 namespace normatch {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int64_t kSharedLimit = 96 * 1024;
 
 // What the threads of a block share besides the pictures.
@@ -74,9 +73,9 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
     for (int i = threadIdx.x; i < 3 * pixels; i += kThreads) atomicAdd(&s.counts[i % 3][image[i]], 1);
     __syncthreads();
     // A warp a channel, eight levels a lane.
-    const int channel = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int channel = threadIdx.x / kLanesOfWarp, lane = threadIdx.x % kLanesOfWarp;
     if (channel < 3) {
-      constexpr int kEach = 256 / kWarp;
+      constexpr int kEach = 256 / kLanesOfWarp;
       int counts[kEach], sum = 0, lo = 255, hi = 0;
       for (int i = 0; i < kEach; ++i) {
         const int level = lane * kEach + i;
@@ -87,12 +86,12 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
           if (lo == 255) lo = level;
         }
       }
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      for (int offset = kLanesOfWarp / 2; offset > 0; offset /= 2) {
         lo = min(lo, __shfl_xor_sync(kFullWarp, lo, offset));
         hi = max(hi, __shfl_xor_sync(kFullWarp, hi, offset));
       }
       int before = sum;  // inclusive sum over the lanes, then exclusive
-      for (int offset = 1; offset < kWarp; offset *= 2) {
+      for (int offset = 1; offset < kLanesOfWarp; offset *= 2) {
         const int other = __shfl_up_sync(kFullWarp, before, offset);
         if (lane >= offset) before += other;
       }
@@ -112,8 +111,8 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
       int sum = 0;
       for (int i = threadIdx.x; i < pixels; i += kThreads)
         sum += luma(image[3 * i], image[3 * i + 1], image[3 * i + 2]);
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
-      if (threadIdx.x % kWarp == 0) atomicAdd(&s.luma_sum, sum);
+      sum = lanes_sum<kLanesOfWarp>(sum);
+      if (threadIdx.x % kLanesOfWarp == 0) atomicAdd(&s.luma_sum, sum);
       __syncthreads();
       gray = mean_gray(s.luma_sum, pixels);
     }

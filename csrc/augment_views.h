@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "limits.h"
 #include "philox.h"
 
 namespace normatch {
@@ -29,10 +30,7 @@ enum AugmentOp : int {
   kAugmentOps,
 };
 
-constexpr int kMaxViewOps = 8;
-constexpr int kMaxLevels = 32;
-constexpr int kMaxImageSide = 2048;  // sums of 8-bit values and 16.16 coordinates stay within 32 bits
-constexpr int kStrongView = 2;       // View.UNLABELED_STRONG: the only kind with operations and a cutout
+constexpr int kStrongView = 2;  // View.UNLABELED_STRONG: the only kind with operations and a cutout
 
 // A policy and the images' geometry, by value in the kernel's arguments.
 struct ViewPolicy {

@@ -112,15 +112,7 @@ __global__ void coupling2d_kernel(Geometry shape, Images<const T> in, Images<con
     }
   }
   if constexpr (!kInverse) {
-    constexpr int kLanes = kThreadsPerPiece < kLanesOfWarp ? kThreadsPerPiece : kLanesOfWarp;
-    sum = lanes_sum<kLanes>(sum);
-    if constexpr (kThreadsPerPiece > kLanesOfWarp) {
-      __shared__ Acc warps[kThreadsPerPiece / kLanesOfWarp];
-      if (thread % kLanesOfWarp == 0) warps[thread / kLanesOfWarp] = sum;
-      __syncthreads();
-      sum = 0;
-      for (int warp = 0; warp < kThreadsPerPiece / kLanesOfWarp; ++warp) sum += warps[warp];
-    }
+    sum = row_sum<kThreadsPerPiece>(sum);
     if (thread == 0 && output < outputs) logdet[output] = sum;
   }
 }

@@ -92,19 +92,26 @@ __device__ __forceinline__ Acc lanes_sum(Acc sum) {
   return sum;
 }
 
-// log softmax(logits)_k = logits_k - top - log_sum. Every warp finds both for itself.
-struct Normaliser {
-  double top, log_sum;
-};
-
+// The largest value of a warp, in every lane.
 template <typename Acc>
-__device__ __forceinline__ Normaliser normaliser(const Acc* logits, int classes) {
-  const int lane = threadIdx.x % kLanesOfWarp;
-  double top = -INFINITY, sum = 0;
-  for (int k = lane; k < classes; k += kLanesOfWarp) top = max(top, double(logits[k]));
+__device__ __forceinline__ Acc lanes_max(Acc top) {
   for (int offset = kLanesOfWarp / 2; offset > 0; offset /= 2) top = max(top, __shfl_xor_sync(kFullWarp, top, offset));
-  for (int k = lane; k < classes; k += kLanesOfWarp) sum += ::exp(double(logits[k]) - top);
-  return {top, ::log(lanes_sum<kLanesOfWarp>(sum))};
+  return top;
+}
+
+// The sum over the kThreads threads that share a row, valid in the first of them: part of a warp, a warp, or a block,
+// which then calls this once. Static, so that the emulator can place the array of every kernel.
+template <int kThreads, typename Acc>
+static __device__ __forceinline__ Acc row_sum(Acc sum) {
+  sum = lanes_sum < kThreads<kLanesOfWarp ? kThreads : kLanesOfWarp>(sum);
+  if constexpr (kThreads > kLanesOfWarp) {
+    __shared__ Acc warps[kThreads / kLanesOfWarp];
+    if (threadIdx.x % kLanesOfWarp == 0) warps[threadIdx.x / kLanesOfWarp] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int warp = 0; warp < kThreads / kLanesOfWarp; ++warp) sum += warps[warp];
+  }
+  return sum;
 }
 
 inline dim3 grid_of(int64_t blocks) {

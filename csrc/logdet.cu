@@ -4,13 +4,12 @@
 // sums; the order of all additions follows from the sizes, so the same input gives the same bits.
 #include "logdet.h"
 
-#include "tensors.h"
+#include "cuda.h"
 
 namespace normatch {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 
 // This thread's share of values[0, length): single values up to the first 16-byte boundary, then whole packs,
 // then the single values left over.
@@ -26,8 +25,9 @@ __device__ __forceinline__ acc_t<T> thread_sum(const T* values, int64_t length, 
   Acc sums[kSize] = {};
   if (thread < head) sums[0] += Acc(values[thread]);
   for (int64_t i = thread; i < packs; i += kThreadsPerRow) {
-    const Pack<T> pack = Pack<T>::load(values + head + i * kSize);
-    for (int j = 0; j < kSize; ++j) sums[j] += Acc(pack.values[j]);
+    Acc terms[kSize];
+    load_values(values + head + i * kSize, terms);
+    for (int j = 0; j < kSize; ++j) sums[j] += terms[j];
   }
   if (tail + thread < length) sums[kSize - 1] += Acc(values[tail + thread]);
 
@@ -49,14 +49,7 @@ __global__ void logdet_kernel(const T* in, int64_t row_stride, int64_t width, in
     const int64_t begin = output % pieces * length;
     sum = thread_sum<kThreadsPerRow>(in + output / pieces * row_stride + begin, min(length, width - begin), thread);
   }
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(kFullWarp, sum, offset);
-  if constexpr (kThreadsPerRow > kWarp) {
-    __shared__ Acc warps[kThreadsPerRow / kWarp];
-    if (thread % kWarp == 0) warps[thread / kWarp] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int warp = 0; warp < kThreadsPerRow / kWarp; ++warp) sum += warps[warp];
-  }
+  sum = row_sum<kThreadsPerRow>(sum);
   if (thread == 0 && output < outputs) out[output] = sum;
 }
 
@@ -64,12 +57,10 @@ template <typename T>
 void sum_rows(Rows<const T> in, int64_t width, int64_t pieces, int64_t outputs, acc_t<T>* out, const Tensor& like) {
   const int64_t length = (width + pieces - 1) / pieces;
   const bool block_per_row = length > 2048;
-  const int64_t rows_per_block = block_per_row ? 1 : kThreads / kWarp;
-  const int64_t blocks = (outputs + rows_per_block - 1) / rows_per_block;
-  STD_TORCH_CHECK(blocks <= 0x7fffffff, "logdet: too many rows");
-  const dim3 grid(static_cast<unsigned>(blocks));
-  launch(block_per_row ? logdet_kernel<kThreads, T> : logdet_kernel<kWarp, T>, grid, dim3(kThreads), 0, like, in.data,
-         in.stride, width, length, pieces, outputs, out);
+  const int64_t rows_per_block = block_per_row ? 1 : kThreads / kLanesOfWarp;
+  launch(block_per_row ? logdet_kernel<kThreads, T> : logdet_kernel<kLanesOfWarp, T>,
+         grid_of((outputs + rows_per_block - 1) / rows_per_block), dim3(kThreads), 0, like, in.data, in.stride, width,
+         length, pieces, outputs, out);
 }
 
 Tensor logdet(const Tensor& log_scale) {
