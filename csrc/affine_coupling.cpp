@@ -37,7 +37,7 @@ NM_HD double for_scales(const T* s_raw, const Acc* gain, int64_t width, const F&
 template <bool kInverse>
 Tensor map_rows(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain, const Tensor* logdet) {
   const int64_t rows = x.size(0), width = x.size(1);
-  const Tensor y = new_tensor(x, {rows, width}, x.scalar_type());
+  const Tensor y = new_like(x);
   const Tensor dense_x = dense_rows(x), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
   const Tensor dense_gain = torch::stable::contiguous(gain);
   dispatch(x.scalar_type(), [&](auto type) {
@@ -76,9 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& upstream, const Tenso
                                              const Tensor& s_raw, const Tensor& gain) {
   constexpr int64_t kBlock = 32;
   const int64_t rows = y.size(0), width = y.size(1);
-  const Tensor grad_in = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor grad_s = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor grad_gain = new_tensor(gain, {width}, gain.scalar_type());
+  const Tensor grad_in = new_like(y), grad_s = new_like(y);
+  const Tensor grad_gain = new_like(gain);
   const Tensor dense_upstream = dense_rows(upstream), dense_y = dense_rows(y), dense_s = dense_rows(s_raw);
   const Tensor dense_gain = torch::stable::contiguous(gain);
   const Chunks chunks(rows, std::max<int64_t>(kBlock, 16384 / std::max<int64_t>(1, width)), 256);
@@ -117,12 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& upstream, const Tenso
       });
       if (streaming) stream_fence();
     });
-    Acc* const total = grad_gain.mutable_data_ptr<Acc>();
-    for (int64_t j = 0; j < width; ++j) {
-      double sum = 0;
-      for (int64_t c = 0; c < chunks.count; ++c) sum += partial[c * width + j];
-      total[j] = Acc(sum);
-    }
+    sum_parts(partial, width, 1, chunks.count, width, grad_gain.mutable_data_ptr<Acc>());
   });
   return {grad_in, grad_s, grad_gain};
 }

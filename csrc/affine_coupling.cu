@@ -78,7 +78,7 @@ void map_rows(const Tensor& in, const Tensor& s_raw, const Tensor& t, const Tens
 
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
   const int64_t rows = x.size(0), width = x.size(1);
-  const Tensor y = new_tensor(x, {rows, width}, x.scalar_type());
+  const Tensor y = new_like(x);
   const Tensor logdet = new_tensor(x, {rows}, accumulation_type(x));
   if (rows == 0) return {y, logdet};
   const Tensor dense_x = dense_rows(x), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw,
 }
 
 Tensor affine_coupling_inverse(const Tensor& y, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
-  const Tensor x = new_tensor(y, {y.size(0), y.size(1)}, y.scalar_type());
+  const Tensor x = new_like(y);
   if (y.numel() == 0) return x;
   const Tensor dense_y = dense_rows(y), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
   const Tensor dense_gain = torch::stable::contiguous(gain);
@@ -182,10 +182,8 @@ template <bool kInverse>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor* grad_logdet, const Tensor& y,
                                             const Tensor& s_raw, const Tensor& gain) {
   const int64_t rows = y.size(0), width = y.size(1);
-  const Tensor grad_in = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor grad_s = new_tensor(y, {rows, width}, y.scalar_type());
-  const Tensor grad_gain = rows ? new_tensor(gain, {width}, gain.scalar_type())
-                                : torch::stable::new_zeros(gain, {width}, gain.scalar_type());
+  const Tensor grad_in = new_like(y), grad_s = new_like(y);
+  const Tensor grad_gain = rows ? new_like(gain) : torch::stable::new_zeros(gain, {width}, gain.scalar_type());
   if (rows == 0 || width == 0) return {grad_in, grad_s, grad_gain};
   const Tensor dense_upstream = dense_rows(upstream), dense_y = dense_rows(y), dense_s = dense_rows(s_raw);
   const Tensor dense_gain = torch::stable::contiguous(gain);

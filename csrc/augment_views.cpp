@@ -410,57 +410,43 @@ void write(const ViewPolicy& p, const uint8_t* in, T* out) {
   }
 }
 
-template <typename T>
-void make_views(const ViewPolicy& p, uint64_t seed, const uint8_t* images, int64_t rows, const int64_t* draws,
-                int64_t count, T* out) {
-  const int64_t size = 3 * int64_t(p.height) * p.width;
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / size), [&](int64_t begin, int64_t end) {
-    Scratch s(p);
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t* draw = draws + 4 * n;
-      if (n + 1 < end && draw[4] >= 0 && draw[4] < rows)
-        for (int64_t i = 0; i < std::min<int64_t>(size, 4096); i += 64) __builtin_prefetch(images + draw[4] * size + i);
-      STD_TORCH_CHECK(draw[0] >= 0 && draw[0] < rows, "augment_views: there is no such image");
-      const uint8_t* image = images + draw[0] * size;
-      const View v = draw_view(p, seed, uint32_t(draw[1]), uint32_t(draw[2]), uint32_t(draw[3]));
-      if (p.ops_first && draw[3] == kStrongView) {
-        memcpy(s.now, image, size);
-        operate(p, v, s);
-        crop(p, v, s.now, s, s.next);
-        s.turn();
-      } else {
-        crop(p, v, image, s, s.now);
-        operate(p, v, s);
+struct Views {
+  template <typename T>
+  static void make(const ViewPolicy& p, uint64_t seed, const Tensor& all_images, const Tensor& all_draws,
+                   const Tensor& all_views) {
+    const int64_t size = 3 * int64_t(p.height) * p.width, rows = all_images.size(0), count = all_draws.size(0);
+    const uint8_t* const images = all_images.const_data_ptr<uint8_t>();
+    const int64_t* const draws = all_draws.const_data_ptr<int64_t>();
+    T* const out = all_views.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / size), [&](int64_t begin, int64_t end) {
+      Scratch s(p);
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t* draw = draws + 4 * n;
+        if (n + 1 < end && draw[4] >= 0 && draw[4] < rows)
+          for (int64_t i = 0; i < std::min<int64_t>(size, 4096); i += 64)
+            __builtin_prefetch(images + draw[4] * size + i);
+        STD_TORCH_CHECK(draw[0] >= 0 && draw[0] < rows, "augment_views: there is no such image");
+        const uint8_t* image = images + draw[0] * size;
+        const View v = draw_view(p, seed, uint32_t(draw[1]), uint32_t(draw[2]), uint32_t(draw[3]));
+        if (p.ops_first && draw[3] == kStrongView) {
+          memcpy(s.now, image, size);
+          operate(p, v, s);
+          crop(p, v, s.now, s, s.next);
+          s.turn();
+        } else {
+          crop(p, v, image, s, s.now);
+          operate(p, v, s);
+        }
+        write(p, s.now, out + n * size);
       }
-      write(p, s.now, out + n * size);
-    }
-  });
-}
-
-Tensor augment_views(const Tensor& images, const Tensor& draws, int64_t seed, std::vector<int64_t> rules,
-                     std::vector<double> values, std::vector<double> scale, std::vector<double> shift,
-                     ScalarType dtype) {
-  const int64_t count = draws.size(0), height = images.size(1), width = images.size(2);
-  const ViewPolicy p = decode_policy(rules, values, scale, shift, height, width);
-  const Tensor out = new_tensor(images, {count, height, width, 3}, dtype);
-  const uint8_t* from = images.const_data_ptr<uint8_t>();
-  const int64_t* lines = draws.const_data_ptr<int64_t>();
-  if (dtype == ScalarType::Byte) {
-    make_views(p, uint64_t(seed), from, images.size(0), lines, count, out.mutable_data_ptr<uint8_t>());
-  } else {
-    dispatch(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      if constexpr (!std::is_same_v<T, double>)
-        make_views(p, uint64_t(seed), from, images.size(0), lines, count, out.mutable_data_ptr<T>());
     });
   }
-  return out;
-}
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(normatch, CPU, m) {
-  m.impl("augment_views", TORCH_BOX(&augment_views));
+  m.impl("augment_views", TORCH_BOX(&augment_views<Views>));
 }
 
 }  // namespace normatch

@@ -214,38 +214,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <typename T>
-void make_views(const ViewPolicy& p, int64_t seed, const Tensor& images, const Tensor& draws, const Tensor& out) {
-  const int64_t count = draws.size(0), pictures = 2 * 3 * int64_t(p.height) * p.width;
-  if (count == 0) return;
-  const bool fits = pictures <= kSharedLimit;
-  const int64_t blocks = std::min<int64_t>(count, fits ? 1 << 20 : 1024);
-  const Tensor workspace = new_tensor(images, {fits ? 0 : blocks * pictures}, ScalarType::Byte);
-  launch(augment_views_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), fits ? size_t(pictures) : 0, images, p,
-         uint64_t(seed), images.const_data_ptr<uint8_t>(), images.size(0), draws.const_data_ptr<int64_t>(), count,
-         fits ? nullptr : workspace.mutable_data_ptr<uint8_t>(), out.mutable_data_ptr<T>());
-}
-
-Tensor augment_views(const Tensor& images, const Tensor& draws, int64_t seed, std::vector<int64_t> rules,
-                     std::vector<double> values, std::vector<double> scale, std::vector<double> shift,
-                     ScalarType dtype) {
-  const ViewPolicy p = decode_policy(rules, values, scale, shift, images.size(1), images.size(2));
-  const Tensor out = new_tensor(images, {draws.size(0), images.size(1), images.size(2), 3}, dtype);
-  if (dtype == ScalarType::Byte) {
-    make_views<uint8_t>(p, seed, images, draws, out);
-  } else {
-    dispatch(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      if constexpr (!std::is_same_v<T, double>) make_views<T>(p, seed, images, draws, out);
-    });
+struct Views {
+  template <typename T>
+  static void make(const ViewPolicy& p, uint64_t seed, const Tensor& images, const Tensor& draws, const Tensor& out) {
+    const int64_t count = draws.size(0), pictures = 2 * 3 * int64_t(p.height) * p.width;
+    if (count == 0) return;
+    const bool fits = pictures <= kSharedLimit;
+    const int64_t blocks = std::min<int64_t>(count, fits ? 1 << 20 : 1024);
+    const Tensor workspace = new_tensor(images, {fits ? 0 : blocks * pictures}, ScalarType::Byte);
+    launch(augment_views_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), fits ? size_t(pictures) : 0, images, p,
+           seed, images.const_data_ptr<uint8_t>(), images.size(0), draws.const_data_ptr<int64_t>(), count,
+           fits ? nullptr : workspace.mutable_data_ptr<uint8_t>(), out.mutable_data_ptr<T>());
   }
-  return out;
-}
+};
 
 }  // namespace
 
 NM_CUDA_LIBRARY(m) {
-  m.impl("augment_views", TORCH_BOX(&augment_views));
+  m.impl("augment_views", TORCH_BOX(&augment_views<Views>));
 }
 
 }  // namespace normatch

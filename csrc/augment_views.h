@@ -8,6 +8,7 @@
 
 #include "limits.h"
 #include "philox.h"
+#include "tensors.h"
 
 namespace normatch {
 
@@ -281,6 +282,24 @@ inline ViewPolicy decode_policy(const std::vector<int64_t>& rules, const std::ve
     p.shift[c] = float(shift[c]);
   }
   return p;
+}
+
+// The op of a backend, from its Views::make<T>.
+template <typename Views>
+Tensor augment_views(const Tensor& images, const Tensor& draws, int64_t seed, std::vector<int64_t> rules,
+                     std::vector<double> values, std::vector<double> scale, std::vector<double> shift,
+                     ScalarType dtype) {
+  const ViewPolicy p = decode_policy(rules, values, scale, shift, images.size(1), images.size(2));
+  const Tensor out = new_tensor(images, {draws.size(0), images.size(1), images.size(2), 3}, dtype);
+  if (dtype == ScalarType::Byte) {
+    Views::template make<uint8_t>(p, uint64_t(seed), images, draws, out);
+  } else {
+    dispatch(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if constexpr (!std::is_same_v<T, double>) Views::template make<T>(p, uint64_t(seed), images, draws, out);
+    });
+  }
+  return out;
 }
 
 }  // namespace normatch

@@ -325,12 +325,7 @@ std::tuple<Tensor, Tensor> map_images(const Tensor& given, const Tensor& given_p
         stream_fence();
       });
     });
-    Acc* const total = logdet.mutable_data_ptr<Acc>();
-    for (int64_t n = 0; n < shape.samples; ++n) {
-      double sum = 0;
-      for (int64_t piece = 0; piece < cut.pieces; ++piece) sum += sums[n * cut.pieces + piece];
-      total[n] = Acc(sum);
-    }
+    sum_parts(sums, shape.samples, cut.pieces, cut.pieces, 1, logdet.mutable_data_ptr<Acc>());
   });
   return {y, logdet};
 }
@@ -384,12 +379,7 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
         stream_fence();
       });
     });
-    Acc* const total = grad_gain.mutable_data_ptr<Acc>();
-    for (int64_t c = 0; c < gains; ++c) {
-      double sum = 0;
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) sum += partial[chunk * gains + c];
-      total[c] = Acc(sum);
-    }
+    sum_parts(partial, gains, 1, chunks.count, gains, grad_gain.mutable_data_ptr<Acc>());
   });
   return {grad_in, grad_params, grad_gain};
 }

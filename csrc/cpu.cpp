@@ -24,24 +24,18 @@ Capability cpu_capability() {
 
 int64_t last_level_cache() {
   static const int64_t bytes = [] {
-    int64_t found = 0;
+    int64_t size = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
-    return found > 0 ? found : int64_t(32) << 20;
+    return size > 0 ? size : int64_t(32) << 20;
   }();
   return bytes;
 }
 
 const char* cpu_capability_name() {
-  switch (cpu_capability()) {
-    case Capability::kAvx512:
-      return "AVX-512";
-    case Capability::kAvx2:
-      return "AVX2";
-    default:
-      return "baseline";
-  }
+  constexpr const char* kNames[] = {"baseline", "AVX2", "AVX-512"};
+  return kNames[int(cpu_capability())];
 }
 
 }  // namespace normatch

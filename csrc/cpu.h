@@ -359,6 +359,17 @@ void parallel_rows(int64_t rows, int64_t work_per_row, const F& f) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWork / std::max<int64_t>(1, work_per_row)), f);
 }
 
+// out[i] = the sum over the parts, in order, of partial[i * stride + part * part_stride].
+template <typename Acc>
+void sum_parts(const std::vector<double>& partial, int64_t outputs, int64_t stride, int64_t parts, int64_t part_stride,
+               Acc* out) {
+  for (int64_t i = 0; i < outputs; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += partial[i * stride + part * part_stride];
+    out[i] = Acc(sum);
+  }
+}
+
 // Rows cut into chunks for sums over rows: each chunk is summed by one thread, then the chunks in order. The
 // cut depends on the sizes alone, never on the number of threads, so the sum has the same bits on every run.
 struct Chunks {

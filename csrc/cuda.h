@@ -119,20 +119,29 @@ inline dim3 grid_of(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
+// The sum of partial[chunk][column] over the chunks, shared among threadIdx.y and valid in the first of them; 0 where
+// the column does not count. sums: shared, a double a thread
+template <typename Acc>
+__device__ __forceinline__ double column_sum(const Acc* partial, int64_t chunks, int64_t width, int64_t column,
+                                             bool counts, double* sums) {
+  double sum = 0;
+  if (counts)
+    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y)
+      sum += double(partial[chunk * width + column]);
+  sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && counts)
+    for (unsigned y = 1; y < blockDim.y; ++y) sum += sums[y * blockDim.x + threadIdx.x];
+  return sum;
+}
+
 // out[column] = the sum of partial[chunk][column] over the chunks.
 template <typename Acc>
 __global__ void __launch_bounds__(1024) sum_chunks_kernel(const Acc* partial, int64_t chunks, int64_t width, Acc* out) {
-  NM_DYNAMIC_SHARED(double, sums);  // [threadIdx.y][threadIdx.x]
+  NM_DYNAMIC_SHARED(double, sums);
   const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  double sum = 0;
-  if (column < width)
-    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y) sum += partial[chunk * width + column];
-  sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && column < width) {
-    for (unsigned y = 1; y < blockDim.y; ++y) sum += sums[y * blockDim.x + threadIdx.x];
-    out[column] = Acc(sum);
-  }
+  const double sum = column_sum(partial, chunks, width, column, column < width, sums);
+  if (threadIdx.y == 0 && column < width) out[column] = Acc(sum);
 }
 
 template <typename Acc>

@@ -1,6 +1,4 @@
 // The flow head's forward pass on the CPU, see flow_head_cpu.h.
-#include <tuple>
-
 #include "affine_coupling.h"
 #include "flow_head_cpu.h"
 
@@ -101,9 +99,10 @@ NM_HD void distances(const Shape& shape, const Acc* z, const Acc* means, Acc* ou
 }
 
 template <typename Acc>
-void forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& parameters, const Tensor& means,
-             const Tensor& rho, const Tensor& logits, const Dropout& dropout, double eps, const Tensor& z,
-             const Tensor& logdet, const Tensor& class_log_prob, const Tensor& log_prob, const Tensor& saved) {
+FlowHeadResults forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& parameters, const Tensor& means,
+                        const Tensor& rho, const Tensor& logits, const Dropout& dropout, double eps) {
+  const FlowHeadResults results = flow_head_results(x, means);
+  const auto& [z, logdet, class_log_prob, log_prob, saved] = results;
   Network<Acc> network(shape, parameters, false);
   const MixtureClasses<Acc> mixture(rho, logits, eps, shape.features);
   const Tensor dense_means = dense_rows(means);
@@ -113,12 +112,12 @@ void forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& par
   std::fill_n(centres.data(), shape.features * kp, Acc(0));
   for (int64_t k = 0; k < shape.classes; ++k)
     for (int64_t d = 0; d < shape.features; ++d) centres[d * kp + k] = mu[k][d];
-  Acc* const out_logdet = logdet.mutable_data_ptr<Acc>();
-  Acc* const out_classes = class_log_prob.mutable_data_ptr<Acc>();
-  Acc* const out_log_prob = log_prob.mutable_data_ptr<Acc>();
+  Acc* const out_logdet = logdet.template mutable_data_ptr<Acc>();
+  Acc* const out_classes = class_log_prob.template mutable_data_ptr<Acc>();
+  Acc* const out_log_prob = log_prob.template mutable_data_ptr<Acc>();
 
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles, 1, [&, &out_z = z, &out_state = saved](int64_t begin, int64_t end) {
     Activations<Acc> tile(shape);
     State<Acc> state(shape);
     Scratch<Acc> scores_memory(kTileRows * kp);
@@ -128,39 +127,39 @@ void forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& par
       using V = typename decltype(lanes)::type;
       for (int64_t first = begin * kTileRows; first < std::min(end * kTileRows, rows); first += kTileRows) {
         const int64_t here = std::min(kTileRows, rows - first);
-        read_tile<V>(shape, x, first, here, state.rounded);
-        std::copy_n(state.rounded, kTileRows * shape.row, state.exact);
+        read_tile<V>(shape, x, first, here, state.rounded.data());
+        std::copy_n(state.rounded.data(), kTileRows * shape.row, state.exact.data());
         std::fill_n(sums, kTileRows, 0.0);
         for (int64_t j = 0; j < shape.couplings; ++j) {
           const CouplingLayout& at = network.layout(j);
           const Acc* const p = network[j];
           const int kept = j % 2, changed = 1 - kept;
           const int64_t width = shape.half_pad[changed];
-          run_network(shape, at, p, dropout, first, j, state.rounded + shape.offset(kept), tile);
+          run_network(shape, at, p, dropout, first, j, state.rounded.data() + shape.offset(kept), tile);
           for (int64_t r = 0; r < kTileRows; ++r) {
             const Acc* const affine = &tile.affine[r * 3 * width];
             const int64_t begin_changed = r * shape.row + shape.offset(changed);
             sums[r] += blocked_sum<V>(width, [&](int64_t d, const auto&, const auto&) NM_INLINE {
               using D = Doubles<V>;
-              double* const exact = state.exact + begin_changed + d;
+              double* const exact = state.exact.data() + begin_changed + d;
               const auto y = (load_doubles<typename D::type>(exact) + D::of(load<V>(affine + width + d))) *
                              D::of(load<V>(affine + 2 * width + d));
               memcpy(exact, &y, sizeof(y));
-              store<V>(state.rounded + begin_changed + d, D::rounded(y));
+              store<V>(state.rounded.data() + begin_changed + d, D::rounded(y));
               return load<V>(p + at.gain + d) * load<V>(affine + d);
             });
           }
         }
-        write_tile<V>(shape, state.rounded, z, first, here);
-        write_state(shape, state.exact, saved, first, here);
+        write_tile<V>(shape, state.rounded.data(), out_z, first, here);
+        write_state(shape, state.exact.data(), out_state, first, here);
 
         constexpr int R = kLanes<V> == 16 ? 8 : 4;
         for (int64_t r = 0; r < kTileRows; r += R) {
           int64_t k = 0;
           for (; k + 2 * kLanes<V> <= kp; k += 2 * kLanes<V>)
-            distances<V, R, 2>(shape, state.rounded + r * shape.row, centres.data() + k, scores + r * kp + k);
+            distances<V, R, 2>(shape, state.rounded.data() + r * shape.row, centres.data() + k, scores + r * kp + k);
           for (; k < kp; k += kLanes<V>)
-            distances<V, R, 1>(shape, state.rounded + r * shape.row, centres.data() + k, scores + r * kp + k);
+            distances<V, R, 1>(shape, state.rounded.data() + r * shape.row, centres.data() + k, scores + r * kp + k);
         }
         for (int64_t r = 0; r < here; ++r) {
           Acc* const row = scores + r * kp;
@@ -175,23 +174,14 @@ void forward(const Shape& shape, const Tensor& x, const std::vector<Tensor>& par
       }
     });
   });
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flow_head(const Tensor& x, std::vector<Tensor> couplings,
-                                                             const Tensor& means, const Tensor& rho,
-                                                             const Tensor& logits, std::optional<Tensor> seed,
-                                                             double dropout, double eps) {
-  const Shape shape = shape_of(x, couplings, means);
-  const int64_t rows = x.size(0);
-  const ScalarType type = accumulation_type(x);
-  const Tensor z = new_tensor(x, {rows, shape.features}, type), logdet = new_tensor(x, {rows}, type);
-  const Tensor class_log_prob = new_tensor(x, {rows, shape.classes}, type), log_prob = new_tensor(x, {rows}, type);
-  const Tensor state = new_tensor(x, {rows, shape.features}, ScalarType::Double);
-  const Tensor dense_x = dense_rows(x);
-  const auto run = type == ScalarType::Double ? forward<double> : forward<float>;
-  run(shape, dense_x, couplings, means, rho, logits, dropout_of(seed, dropout), eps, z, logdet, class_log_prob,
-      log_prob, state);
-  return {z, logdet, class_log_prob, log_prob, state};
+FlowHeadResults flow_head(const Tensor& x, std::vector<Tensor> couplings, const Tensor& means, const Tensor& rho,
+                          const Tensor& logits, std::optional<Tensor> seed, double dropout, double eps) {
+  const auto run = accumulation_type(x) == ScalarType::Double ? forward<double> : forward<float>;
+  return run(shape_of(x, couplings, means), dense_rows(x), couplings, means, rho, logits, dropout_of(seed, dropout),
+             eps);
 }
 
 }  // namespace

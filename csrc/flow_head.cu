@@ -1,6 +1,4 @@
 // The flow head's forward pass on the GPU, see flow_head_cuda.h.
-#include <tuple>
-
 #include "flow_head_cuda.h"
 
 namespace normatch {
@@ -126,31 +124,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   write_sums(block, sums, first, rows, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flow_head(const Tensor& x, std::vector<Tensor> couplings,
-                                                             const Tensor& means, const Tensor& rho,
-                                                             const Tensor& logits, std::optional<Tensor> seed,
-                                                             double dropout, double eps) {
-  const int64_t rows = x.size(0), features = x.size(1), classes = means.size(0);
-  const ScalarType type = accumulation_type(x);
-  const Tensor z = new_tensor(x, {rows, features}, type), logdet = new_tensor(x, {rows}, type);
-  const Tensor class_log_prob = new_tensor(x, {rows, classes}, type), log_prob = new_tensor(x, {rows}, type);
-  const Tensor state = new_tensor(x, {rows, features}, ScalarType::Double);
-  if (rows == 0) return {z, logdet, class_log_prob, log_prob, state};
+FlowHeadResults flow_head(const Tensor& x, std::vector<Tensor> couplings, const Tensor& means, const Tensor& rho,
+                          const Tensor& logits, std::optional<Tensor> seed, double dropout, double eps) {
+  const FlowHeadResults results = flow_head_results(x, means);
+  const int64_t rows = x.size(0);
+  if (rows == 0) return results;
   const Tensor dense_x = dense_rows(x);
   const AnyRows from{const_cast<void*>(dense_x.const_data_ptr()), dense_x.stride(0), x.scalar_type()};
-  with_accumulator(type, [&](auto accumulator) {
+  with_accumulator(accumulation_type(x), [&](auto accumulator) {
     using Acc = typename decltype(accumulator)::type;
-    const Given<Acc> given(features, couplings, means, rho, logits, seed, dropout, eps);
-    const Outputs<Acc> out{z.mutable_data_ptr<Acc>(), logdet.mutable_data_ptr<Acc>(),
-                           class_log_prob.mutable_data_ptr<Acc>(), log_prob.mutable_data_ptr<Acc>(),
-                           state.mutable_data_ptr<double>()};
+    const auto& [z, logdet, class_log_prob, log_prob, state] = results;
+    const Given<Acc> given(x.size(1), couplings, means, rho, logits, seed, dropout, eps);
+    const Outputs<Acc> out{z.template mutable_data_ptr<Acc>(), logdet.template mutable_data_ptr<Acc>(),
+                           class_log_prob.template mutable_data_ptr<Acc>(), log_prob.template mutable_data_ptr<Acc>(),
+                           state.template mutable_data_ptr<double>()};
     cut(given.head, rows <= 4 * kMaxChunks, false, x, [&](auto tile, auto staged, const Layout& at) {
       constexpr int kRows = decltype(tile)::value;
       launch(flow_head_kernel<kRows, decltype(staged)::value, Acc>, grid_of((rows + kRows - 1) / kRows), dim3(kThreads),
              at.size, x, given.head, at, from, rows, out);
     });
   });
-  return {z, logdet, class_log_prob, log_prob, state};
+  return results;
 }
 
 }  // namespace

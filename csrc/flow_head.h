@@ -2,7 +2,12 @@
 // the dropout that forward and backward draw alike.
 #pragma once
 
+#include <optional>
+#include <tuple>
+#include <vector>
+
 #include "philox.h"
+#include "tensors.h"
 
 namespace normatch {
 
@@ -34,6 +39,19 @@ struct Dropout {
 
 NM_HD Words dropout_words(uint64_t seed, int64_t row, int64_t unit, int coupling) {
   return philox(uint32_t(unit / 4), uint32_t(row), uint32_t(uint64_t(row) >> 32), uint32_t(coupling), seed);
+}
+
+// z, logdet, class_log_prob, log_prob, and the state that backward starts from.
+using FlowHeadResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of x, the couplings' parameters, means, rho and logits.
+using FlowHeadGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor>;
+
+inline FlowHeadResults flow_head_results(const Tensor& x, const Tensor& means) {
+  const int64_t rows = x.size(0);
+  const ScalarType type = accumulation_type(x);
+  return {new_tensor(x, {rows, x.size(1)}, type), new_tensor(x, {rows}, type),
+          new_tensor(x, {rows, means.size(0)}, type), new_tensor(x, {rows}, type),
+          new_tensor(x, {rows, x.size(1)}, ScalarType::Double)};
 }
 
 }  // namespace normatch

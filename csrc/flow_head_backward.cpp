@@ -1,6 +1,4 @@
 // The flow head's backward pass on the CPU, see flow_head_cpu.h.
-#include <tuple>
-
 #include "affine_coupling.h"
 #include "flow_head_cpu.h"
 #include "limits.h"
@@ -11,12 +9,12 @@ namespace {
 template <typename Acc>
 void read_state(const Shape& shape, const Tensor& tensor, int64_t first, int64_t rows, const State<Acc>& state) {
   const auto from = read_rows<double>(tensor);
-  std::fill_n(state.exact, kTileRows * shape.row, 0.0);
+  std::fill_n(state.exact.data(), kTileRows * shape.row, 0.0);
   for (int64_t r = 0; r < kTileRows; ++r)
     for (int half = 0; half < 2; ++half)
       std::copy_n(from[first + std::min(r, rows - 1)] + half_begin(half, shape.features), shape.half(half),
-                  state.exact + r * shape.row + shape.offset(half));
-  std::copy_n(state.exact, kTileRows * shape.row, state.rounded);
+                  state.exact.data() + r * shape.row + shape.offset(half));
+  std::copy_n(state.exact.data(), kTileRows * shape.row, state.rounded.data());
 }
 
 template <typename V, typename Acc>
@@ -76,7 +74,7 @@ NM_HD void coupling_backward(const Shape& shape, const CouplingLayout& at, const
   const int kept = j % 2, changed = 1 - kept;
   const int64_t hp = shape.hidden_pad, width = shape.half_pad[changed];
   Acc *const hidden0 = tile.hidden0.data(), *const hidden1 = tile.hidden1.data();
-  const Acc* const in = state.rounded + shape.offset(kept);
+  const Acc* const in = state.rounded.data() + shape.offset(kept);
   Acc *const grad_in = grad + shape.offset(kept), *const grad_out = grad + shape.offset(changed);
   run_network(shape, at, p, dropout, row, j, in, tile);
 
@@ -89,11 +87,11 @@ NM_HD void coupling_backward(const Shape& shape, const CouplingLayout& at, const
       const int64_t here = r * shape.row + shape.offset(changed) + d;
       const V tanh_s = load<V>(affine + r * 3 * width + d), t = load<V>(affine + r * 3 * width + width + d);
       const V factor = load<V>(affine + r * 3 * width + 2 * width + d);
-      const V y = load<V>(state.rounded + here), grad_y = load<V>(grad_out + r * shape.row + d);
+      const V y = load<V>(state.rounded.data() + here), grad_y = load<V>(grad_out + r * shape.row + d);
       const auto found = affine_gradients(V(grad_y * factor), V(grad_y * y + grad_logdet[r]), tanh_s, gain);
-      const auto x = load_doubles<typename D::type>(state.exact + here) / D::of(factor) - D::of(t);
-      memcpy(state.exact + here, &x, sizeof(x));
-      store<V>(state.rounded + here, D::rounded(x));
+      const auto x = load_doubles<typename D::type>(state.exact.data() + here) / D::of(factor) - D::of(t);
+      memcpy(state.exact.data() + here, &x, sizeof(x));
+      store<V>(state.rounded.data() + here, D::rounded(x));
       store<V>(grad_out + r * shape.row + d, found.input);
       store<V>(grad_affine + r * 2 * width + d, found.s_raw);
       store<V>(grad_affine + r * 2 * width + width + d, found.input);
@@ -150,9 +148,7 @@ class Gradients {
       const int64_t out_pad = shape.half_pad[1 - kept];
       Acc* to[kCouplingTensors];
       for (int i = 0; i < kCouplingTensors; ++i) {
-        const Tensor& like = parameters[j * kCouplingTensors + i];
-        tensors.push_back(like.dim() == 2 ? new_tensor(like, {like.size(0), like.size(1)}, like.scalar_type())
-                                          : new_tensor(like, {like.size(0)}, like.scalar_type()));
+        tensors.push_back(new_like(parameters[j * kCouplingTensors + i]));
         to[i] = tensors.back().template mutable_data_ptr<Acc>();
       }
       starts.push_back(size);
@@ -168,7 +164,7 @@ class Gradients {
       size += at.gradients;
     }
     starts.push_back(size);
-    grad_means = new_tensor(means, {shape.classes, shape.features}, means.scalar_type());
+    grad_means = new_like(means);
     Acc* const to = grad_means.template mutable_data_ptr<Acc>();
     for (int half = 0; half < 2; ++half)
       for (int64_t d = 0; d < shape.half(half); d += kPad)
@@ -276,8 +272,6 @@ NM_HD void score_gradients(const Shape& shape, const Incoming<Acc>& from, const 
   }
 }
 
-using FlowHeadGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor>;
-
 template <typename Acc>
 FlowHeadGradients backward(const Shape& shape, const std::optional<Tensor>& grad_z,
                            const std::optional<Tensor>& grad_logdet, const std::optional<Tensor>& grad_class_log_prob,
@@ -320,7 +314,7 @@ FlowHeadGradients backward(const Shape& shape, const std::optional<Tensor>& grad
           std::fill(grad + here * shape.row, grad + kTileRows * shape.row, Acc(0));
           score_gradients<V>(shape, from, mixture, first, here, row.data(), weights.data(), logdet_grads,
                              &scatter[chunk * classes], &total[chunk * classes]);
-          mixture_backward<V>(shape, weights.data(), state.rounded, centers.data(), grad,
+          mixture_backward<V>(shape, weights.data(), state.rounded.data(), centers.data(), grad,
                               sums + gradients.starts[shape.couplings]);
           for (int64_t j = shape.couplings - 1; j >= 0; --j)
             coupling_backward<V>(shape, network.layout(j), network[j], dropout, first, j, logdet_grads, state, grad,
@@ -331,8 +325,7 @@ FlowHeadGradients backward(const Shape& shape, const std::optional<Tensor>& grad
     }
   });
   gradients.sum(partial.data(), chunks.count);
-  const Tensor grad_rho = new_tensor(rho, {classes}, rho.scalar_type());
-  const Tensor grad_logits = new_tensor(logits, {classes}, logits.scalar_type());
+  const Tensor grad_rho = new_like(rho), grad_logits = new_like(logits);
   mixture.parameter_gradients(scatter, total, std::vector<double>(classes, 1.0), grad_rho.mutable_data_ptr<Acc>(),
                               grad_logits.mutable_data_ptr<Acc>());
   return {grad_x, std::move(gradients.tensors), gradients.grad_means, grad_rho, grad_logits};

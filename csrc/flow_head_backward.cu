@@ -1,6 +1,4 @@
 // The flow head's backward pass on the GPU, see flow_head_cuda.h.
-#include <tuple>
-
 #include "flow_head_cuda.h"
 
 namespace normatch {
@@ -9,8 +7,8 @@ namespace {
 // The gradients of all parameters of a chunk of rows, one after the other: those of the couplings, then of means, rho
 // and logits. Each starts at a whole pack; `count` of its values count.
 struct GradientLayout {
-  static constexpr int kTensors = kCouplingTensors;
-  int64_t start[2][kTensors], count[2][kTensors], pair;  // for even and odd couplings; pair: of the two together
+  int64_t start[2][kCouplingTensors], count[2][kCouplingTensors],
+      pair;  // for even and odd couplings; pair: of the two together
   int64_t means, rho, logits, size;
   int64_t means_count, classes;
 
@@ -30,9 +28,7 @@ GradientLayout gradient_layout(const Head<Acc>& head) {
     const int64_t kept = head.half(j), changed = head.half(1 - j), hidden = head.hidden;
     const int64_t counts[] = {hidden * kept,        hidden,      hidden * hidden, hidden,
                               2 * changed * hidden, 2 * changed, changed};
-    for (int i = 0; i < kCouplingTensors; ++i) {
-      at.start[j][i] = take(end, at.count[j][i] = counts[i]);
-    }
+    for (int i = 0; i < kCouplingTensors; ++i) at.start[j][i] = take(end, at.count[j][i] = counts[i]);
   }
   at.pair = end;
   end = head.couplings % 2 ? at.of(head.couplings - 1, kGain) + (at.count[0][kGain] + 3) / 4 * 4
@@ -116,10 +112,8 @@ __device__ __forceinline__ void mixture_backward(const Block<kRows, kStaged, Acc
         weight = double(terms[k].weight_slope) * g - double(terms[k].pi) * rows[r].weight;
       }
       weights[threadIdx.x] = k < classes ? g * terms[k].precision : Acc(0);
-      for (int offset = kRows / 2; offset > 0; offset /= 2) {
-        spread += __shfl_xor_sync(kFullWarp, spread, offset);
-        weight += __shfl_xor_sync(kFullWarp, weight, offset);
-      }
+      spread = lanes_sum<kRows>(spread);
+      weight = lanes_sum<kRows>(weight);
       if (k < classes && r == 0) {
         const Acc grad_rho = Acc(spread * terms[k].rho_slope), grad_logits = Acc(weight);
         sums[to.rho + k] = begin ? grad_rho : sums[to.rho + k] + grad_rho;
@@ -346,7 +340,7 @@ struct Gradients {
 template <typename Acc>
 __global__ void flow_head_sums_kernel(const Acc* partial, int64_t chunks, const __grid_constant__ GradientLayout at,
                                       const __grid_constant__ Gradients<Acc> out) {
-  NM_DYNAMIC_SHARED(double, sums);  // [threadIdx.y][threadIdx.x]
+  NM_DYNAMIC_SHARED(double, sums);
   const int64_t i = int64_t(blockIdx.x) * kLanesOfWarp + threadIdx.x;
   Acc* to = nullptr;
   if (i < at.means) {
@@ -363,30 +357,20 @@ __global__ void flow_head_sums_kernel(const Acc* partial, int64_t chunks, const 
     const int64_t k = i - (rho ? at.rho : at.logits);
     if (k < at.classes) to = (rho ? out.rho : out.logits) + k;
   }
-  double sum = 0;
-  if (to != nullptr)
-    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y) sum += double(partial[chunk * at.size + i]);
-  sums[threadIdx.y * kLanesOfWarp + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || to == nullptr) return;
-  for (unsigned y = 1; y < blockDim.y; ++y) sum += sums[y * kLanesOfWarp + threadIdx.x];
-  *to = Acc(sum);
+  const double sum = column_sum(partial, chunks, at.size, i, to != nullptr, sums);
+  if (threadIdx.y == 0 && to != nullptr) *to = Acc(sum);
 }
 
-std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> flow_head_backward(
-    std::optional<Tensor> grad_z, std::optional<Tensor> grad_logdet, std::optional<Tensor> grad_class_log_prob,
-    std::optional<Tensor> grad_log_prob, const Tensor& state, const Tensor& class_log_prob,
-    std::vector<Tensor> couplings, const Tensor& means, const Tensor& rho, const Tensor& logits,
-    std::optional<Tensor> seed, double dropout, double eps, ScalarType dtype) {
+FlowHeadGradients flow_head_backward(std::optional<Tensor> grad_z, std::optional<Tensor> grad_logdet,
+                                     std::optional<Tensor> grad_class_log_prob, std::optional<Tensor> grad_log_prob,
+                                     const Tensor& state, const Tensor& class_log_prob, std::vector<Tensor> couplings,
+                                     const Tensor& means, const Tensor& rho, const Tensor& logits,
+                                     std::optional<Tensor> seed, double dropout, double eps, ScalarType dtype) {
   const int64_t rows = state.size(0), features = state.size(1);
   const Tensor grad_x = new_tensor(state, {rows, features}, dtype);
-  const auto like = [](const Tensor& parameter) {
-    return parameter.dim() == 2 ? new_tensor(parameter, {parameter.size(0), parameter.size(1)}, parameter.scalar_type())
-                                : new_tensor(parameter, {parameter.size(0)}, parameter.scalar_type());
-  };
   std::vector<Tensor> grads;
-  for (const Tensor& parameter : couplings) grads.push_back(like(parameter));
-  const Tensor grad_means = like(means), grad_rho = like(rho), grad_logits = like(logits);
+  for (const Tensor& parameter : couplings) grads.push_back(new_like(parameter));
+  const Tensor grad_means = new_like(means), grad_rho = new_like(rho), grad_logits = new_like(logits);
   const Tensor dense_state = torch::stable::contiguous(state);
   with_accumulator(means.scalar_type(), [&](auto accumulator) {
     using Acc = typename decltype(accumulator)::type;

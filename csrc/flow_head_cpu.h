@@ -269,16 +269,9 @@ NM_HD void write_tile(const Shape& shape, const Acc* tile, const Tensor& tensor,
 // The state, exact and rounded: both [kTileRows][row].
 template <typename Acc>
 struct State {
-  Scratch<double> exact_memory;
-  Scratch<Acc> rounded_memory;
-  double* exact;
-  Acc* rounded;
-
-  explicit State(const Shape& shape)
-      : exact_memory(kTileRows * shape.row),
-        rounded_memory(kTileRows * shape.row),
-        exact(exact_memory.data()),
-        rounded(rounded_memory.data()) {}
+  Scratch<double> exact;
+  Scratch<Acc> rounded;
+  explicit State(const Shape& shape) : exact(kTileRows * shape.row), rounded(kTileRows * shape.row) {}
 };
 
 // log sum exp of `width` values, a whole number of vectors

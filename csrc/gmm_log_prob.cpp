@@ -1,7 +1,5 @@
 // Gaussian-mixture log-likelihood on the CPU, with direct differences z - mu throughout.
 // 3 FLOP for each of N K D; reads N D + K D values, writes N K.
-#include <tuple>
-
 #include "gmm_log_prob_cpu.h"
 
 namespace normatch {
@@ -59,18 +57,9 @@ NM_HD void log_prob_rows(Rows<const Acc> z, const Acc* means, int64_t classes, i
   });
 }
 
-// Where the posterior goes; log_prob is null where it is not wanted.
-template <typename Acc>
-struct Outputs {
-  Acc* class_log_prob;
-  Acc* log_prob;
-  int64_t* label;
-  Acc* confidence;
-};
-
 // logsumexp, first largest and its share of a row's class log-probabilities.
 template <typename V, typename Acc>
-NM_HD void posterior_row(const Acc* values, int64_t classes, const Outputs<Acc>& out, int64_t row) {
+NM_HD void posterior_row(const Acc* values, int64_t classes, const MixtureOutputs<Acc>& out, int64_t row) {
   int64_t label = 0;
   for (int64_t k = 1; k < classes; ++k)
     if (values[k] > values[label]) label = k;
@@ -89,84 +78,59 @@ NM_HD void posterior_row(const Acc* values, int64_t classes, const Outputs<Acc>&
   out.confidence[row] = Acc(1 / sum);
 }
 
-template <typename T>
-void log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
-              const Outputs<acc_t<T>>& out) {
-  using Acc = acc_t<T>;
-  const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
-  const Tensor dense_z = dense_rows(z), dense_means = dense_rows(means);
-  const MixtureClasses<Acc> mixture(rho, logits, eps, width);
-  std::vector<Acc> offset(kRowTile * classes), half_precision(kRowTile * classes);
-  for (int64_t j = 0; j < kRowTile * classes; ++j) {
-    offset[j] = mixture.offset[j % classes];
-    half_precision[j] = Acc(0.5) * mixture.precision[j % classes];
-  }
-  const auto points = read_rows<T>(dense_z);
-  const auto mu = read_rows<Acc>(dense_means);
-  const int64_t padded = whole_vectors(width, 16);
-  std::vector<Acc> padded_means(classes * padded);
-  for (int64_t k = 0; k < classes; ++k) std::copy_n(mu[k], width, &padded_means[k * padded]);
+struct LogProb {
+  template <typename T>
+  static void run(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
+                  const MixtureOutputs<acc_t<T>>& out) {
+    using Acc = acc_t<T>;
+    const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
+    const MixtureClasses<Acc> mixture(rho, logits, eps, width);
+    std::vector<Acc> offset(kRowTile * classes), half_precision(kRowTile * classes);
+    for (int64_t j = 0; j < kRowTile * classes; ++j) {
+      offset[j] = mixture.offset[j % classes];
+      half_precision[j] = Acc(0.5) * mixture.precision[j % classes];
+    }
+    const auto points = read_rows<T>(z);
+    const auto mu = read_rows<Acc>(means);
+    const int64_t padded = whole_vectors(width, 16);
+    std::vector<Acc> padded_means(classes * padded);
+    for (int64_t k = 0; k < classes; ++k) std::copy_n(mu[k], width, &padded_means[k * padded]);
 
-  const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
-  parallel_rows(tiles, kRowTile * width * classes, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> tile(kRowTile * padded);
-    vectorised<T>([&](auto lanes) NM_INLINE {
-      using V = typename decltype(lanes)::type;
-      for (int64_t i = begin * kRowTile; i < std::min(end * kRowTile, rows); i += kRowTile) {
-        const int64_t here = std::min<int64_t>(kRowTile, rows - i);
-        Rows<const Acc> z{tile.data(), padded};
-        if (padded != width || !std::is_same_v<T, Acc>)
-          convert_rows<V>(points, i, here, width, padded, tile.data());
-        else if constexpr (std::is_same_v<T, Acc>)
-          z = {points[i], points.stride};
-        for (int64_t r = i + kRowTile; r < std::min(i + 2 * kRowTile, rows); ++r)  // the next tile, meanwhile
-          for (int64_t d = 0; d < width; d += kCacheLine / sizeof(T)) __builtin_prefetch(points[r] + d);
-        Acc* const values = out.class_log_prob + i * classes;
-        if (here == kRowTile)
-          log_prob_rows<V, kRowTile>(z, padded_means.data(), classes, padded, offset.data(), half_precision.data(),
-                                     values);
-        else
-          for (int64_t r = 0; r < here; ++r)
-            log_prob_rows<V, 1>({z[r], 0}, padded_means.data(), classes, padded, offset.data(), half_precision.data(),
-                                values + r * classes);
-        if (out.log_prob)
-          for (int64_t r = 0; r < here; ++r) posterior_row<V>(values + r * classes, classes, out, i + r);
-      }
+    const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
+    parallel_rows(tiles, kRowTile * width * classes, [&](int64_t begin, int64_t end) {
+      std::vector<Acc> tile(kRowTile * padded);
+      vectorised<T>([&](auto lanes) NM_INLINE {
+        using V = typename decltype(lanes)::type;
+        for (int64_t i = begin * kRowTile; i < std::min(end * kRowTile, rows); i += kRowTile) {
+          const int64_t here = std::min<int64_t>(kRowTile, rows - i);
+          Rows<const Acc> inputs{tile.data(), padded};
+          if (padded != width || !std::is_same_v<T, Acc>)
+            convert_rows<V>(points, i, here, width, padded, tile.data());
+          else if constexpr (std::is_same_v<T, Acc>)
+            inputs = {points[i], points.stride};
+          for (int64_t r = i + kRowTile; r < std::min(i + 2 * kRowTile, rows); ++r)  // the next tile, meanwhile
+            for (int64_t d = 0; d < width; d += kCacheLine / sizeof(T)) __builtin_prefetch(points[r] + d);
+          Acc* const values = out.class_log_prob + i * classes;
+          if (here == kRowTile)
+            log_prob_rows<V, kRowTile>(inputs, padded_means.data(), classes, padded, offset.data(),
+                                       half_precision.data(), values);
+          else
+            for (int64_t r = 0; r < here; ++r)
+              log_prob_rows<V, 1>({inputs[r], 0}, padded_means.data(), classes, padded, offset.data(),
+                                  half_precision.data(), values + r * classes);
+          if (out.log_prob)
+            for (int64_t r = 0; r < here; ++r) posterior_row<V>(values + r * classes, classes, out, i + r);
+        }
+      });
     });
-  });
-}
-
-Tensor gmm_log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps) {
-  const Tensor result = new_tensor(z, {z.size(0), means.size(0)}, accumulation_type(z));
-  dispatch(z.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
-    log_prob<T>(z, means, rho, logits, eps, {result.mutable_data_ptr<Acc>(), nullptr, nullptr, nullptr});
-  });
-  return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_posterior(const Tensor& z, const Tensor& means, const Tensor& rho,
-                                                         const Tensor& logits, double eps) {
-  const int64_t rows = z.size(0);
-  const ScalarType sums = accumulation_type(z);
-  const Tensor result = new_tensor(z, {rows, means.size(0)}, sums), total = new_tensor(z, {rows}, sums);
-  const Tensor label = new_tensor(z, {rows}, ScalarType::Long), confidence = new_tensor(z, {rows}, sums);
-  dispatch(z.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
-    log_prob<T>(z, means, rho, logits, eps,
-                {result.mutable_data_ptr<Acc>(), total.mutable_data_ptr<Acc>(), label.mutable_data_ptr<int64_t>(),
-                 confidence.mutable_data_ptr<Acc>()});
-  });
-  return {result, total, label, confidence};
-}
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(normatch, CPU, m) {
-  m.impl("gmm_log_prob", TORCH_BOX(&gmm_log_prob));
-  m.impl("gmm_posterior", TORCH_BOX(&gmm_posterior));
+  m.impl("gmm_log_prob", TORCH_BOX(&MixtureOps<LogProb>::log_prob));
+  m.impl("gmm_posterior", TORCH_BOX(&MixtureOps<LogProb>::posterior));
 }
 
 }  // namespace normatch

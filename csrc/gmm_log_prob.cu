@@ -2,8 +2,6 @@
 // Forward: 3 FLOP for each of N K D; reads N D + K D values, writes N K (and, for the posterior, 3 N).
 //   Up to 16 classes: the means in shared memory, 8 threads a row, the sums of all classes in registers, so that z is
 //   read once. More classes: tiles of 32 rows x 32 classes, both operands through shared memory 64 columns at a time.
-#include <tuple>
-
 #include "gmm_log_prob_cuda.h"
 
 namespace normatch {
@@ -11,15 +9,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kFew = 16;  // classes whose sums a thread holds in registers
-
-// Where the posterior goes; log_prob is null where it is not wanted.
-template <typename Acc>
-struct Outputs {
-  Acc* class_log_prob;
-  Acc* log_prob;
-  int64_t* label;
-  Acc* confidence;
-};
 
 // logsumexp and the largest of values that come one by one.
 template <typename Acc>
@@ -43,7 +32,7 @@ struct Posterior {
     other.label = __shfl_xor_sync(kFullWarp, label, mask);
     return other;
   }
-  __device__ void write(const Outputs<Acc>& out, int64_t row) const {
+  __device__ void write(const MixtureOutputs<Acc>& out, int64_t row) const {
     out.log_prob[row] = top + Math<Acc>::log(sum);
     out.label[row] = label;
     out.confidence[row] = 1 / sum;
@@ -59,7 +48,7 @@ constexpr int kStaged = 2048 / sizeof(Acc);  // columns of the means that shared
 // kRows rows for each group of threads at a time; more than one only where the means are staged whole.
 template <bool kPosterior, int kRows, typename T>
 __global__ void gmm_few_classes_kernel(Rows<const T> z, Rows<const acc_t<T>> means, Mixture<acc_t<T>> mixture,
-                                       int64_t rows, int64_t width, bool packed, Outputs<acc_t<T>> out) {
+                                       int64_t rows, int64_t width, bool packed, MixtureOutputs<acc_t<T>> out) {
   using Acc = acc_t<T>;
   constexpr int kSize = Pack<T>::kSize, kPart = Pack<Acc>::kSize, kParts = kSize / kPart;
   constexpr int kSpan = kGroup * kSize;  // columns that a group of threads takes at a time
@@ -161,7 +150,7 @@ __device__ __forceinline__ void add_distances(const Pack<Acc> (&points)[kTile][k
 
 template <bool kPosterior, typename T>
 __global__ void gmm_tiled_kernel(Rows<const T> z, Rows<const acc_t<T>> means, Mixture<acc_t<T>> mixture, int64_t rows,
-                                 int64_t width, bool packed, bool packed_means, Outputs<acc_t<T>> out) {
+                                 int64_t width, bool packed, bool packed_means, MixtureOutputs<acc_t<T>> out) {
   using Acc = acc_t<T>;
   constexpr int kSize = Pack<T>::kSize, kPart = Pack<Acc>::kSize;
   constexpr int kPacks = kTileColumns / kPart;
@@ -233,70 +222,45 @@ __global__ void gmm_tiled_kernel(Rows<const T> z, Rows<const acc_t<T>> means, Mi
   }
 }
 
-template <bool kPosterior, typename T>
-void log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
-              Outputs<acc_t<T>> out) {
-  using Acc = acc_t<T>;
-  const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
-  const auto points = read_rows<T>(z);
-  const auto mu = read_rows<Acc>(means);
-  const Mixture<Acc> mixture{rho.const_data_ptr<Acc>(), logits.const_data_ptr<Acc>(), eps, int(classes)};
-  const bool packed = all_aligned(rows, points);
-  if (classes <= kFew) {
-    const bool many_rows = rows >= 16384 && width <= kStaged<Acc>;
-    constexpr int kRows = sizeof(Acc) == 4 ? 4 : 2;
-    const int64_t tile = kGroups * (many_rows ? kRows : 1);
-    constexpr int64_t kSpan = kGroup * Pack<T>::kSize;
-    const int64_t columns = (std::min<int64_t>(width, kStaged<Acc>) + kSpan - 1) / kSpan * kSpan;
-    launch(many_rows ? gmm_few_classes_kernel<kPosterior, kRows, T> : gmm_few_classes_kernel<kPosterior, 1, T>,
-           grid_of(std::min<int64_t>(2048, (rows + tile - 1) / tile)), dim3(kThreads), classes * columns * sizeof(Acc),
-           z, points, mu, mixture, rows, width, packed, out);
-  } else {
-    dim3 grid = grid_of((rows + kTile - 1) / kTile);
-    if (!kPosterior) grid.y = static_cast<unsigned>(std::min<int64_t>((classes + kTile - 1) / kTile, 65535));
-    launch(gmm_tiled_kernel<kPosterior, T>, grid, dim3(kThreads), 0, z, points, mu, mixture, rows, width, packed,
-           all_aligned(classes, mu), out);
+struct LogProb {
+  template <typename T>
+  static void run(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
+                  const MixtureOutputs<acc_t<T>>& out) {
+    (out.log_prob ? launch_kernel<true, T> : launch_kernel<false, T>)(z, means, rho, logits, eps, out);
   }
-}
 
-Tensor gmm_log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps) {
-  const Tensor result = new_tensor(z, {z.size(0), means.size(0)}, accumulation_type(z));
-  if (z.size(0) == 0) return result;
-  const Tensor dense_z = dense_rows(z), dense_means = dense_rows(means);
-  const Tensor dense_rho = torch::stable::contiguous(rho), dense_logits = torch::stable::contiguous(logits);
-  dispatch(z.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
+  template <bool kPosterior, typename T>
+  static void launch_kernel(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
+                            MixtureOutputs<acc_t<T>> out) {
     using Acc = acc_t<T>;
-    const Outputs<Acc> out{result.mutable_data_ptr<Acc>(), nullptr, nullptr, nullptr};
-    log_prob<false, T>(dense_z, dense_means, dense_rho, dense_logits, eps, out);
-  });
-  return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_posterior(const Tensor& z, const Tensor& means, const Tensor& rho,
-                                                         const Tensor& logits, double eps) {
-  const int64_t rows = z.size(0);
-  const ScalarType sums = accumulation_type(z);
-  const Tensor result = new_tensor(z, {rows, means.size(0)}, sums), total = new_tensor(z, {rows}, sums);
-  const Tensor label = new_tensor(z, {rows}, ScalarType::Long), confidence = new_tensor(z, {rows}, sums);
-  if (rows == 0) return {result, total, label, confidence};
-  const Tensor dense_z = dense_rows(z), dense_means = dense_rows(means);
-  const Tensor dense_rho = torch::stable::contiguous(rho), dense_logits = torch::stable::contiguous(logits);
-  dispatch(z.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
-    const Outputs<Acc> out{result.mutable_data_ptr<Acc>(), total.mutable_data_ptr<Acc>(),
-                           label.mutable_data_ptr<int64_t>(), confidence.mutable_data_ptr<Acc>()};
-    log_prob<true, T>(dense_z, dense_means, dense_rho, dense_logits, eps, out);
-  });
-  return {result, total, label, confidence};
-}
+    const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
+    const auto points = read_rows<T>(z);
+    const auto mu = read_rows<Acc>(means);
+    const Mixture<Acc> mixture{rho.const_data_ptr<Acc>(), logits.const_data_ptr<Acc>(), eps, int(classes)};
+    const bool packed = all_aligned(rows, points);
+    if (classes <= kFew) {
+      const bool many_rows = rows >= 16384 && width <= kStaged<Acc>;
+      constexpr int kRows = sizeof(Acc) == 4 ? 4 : 2;
+      const int64_t tile = kGroups * (many_rows ? kRows : 1);
+      constexpr int64_t kSpan = kGroup * Pack<T>::kSize;
+      const int64_t columns = (std::min<int64_t>(width, kStaged<Acc>) + kSpan - 1) / kSpan * kSpan;
+      launch(many_rows ? gmm_few_classes_kernel<kPosterior, kRows, T> : gmm_few_classes_kernel<kPosterior, 1, T>,
+             grid_of(std::min<int64_t>(2048, (rows + tile - 1) / tile)), dim3(kThreads),
+             classes * columns * sizeof(Acc), z, points, mu, mixture, rows, width, packed, out);
+    } else {
+      dim3 grid = grid_of((rows + kTile - 1) / kTile);
+      if (!kPosterior) grid.y = static_cast<unsigned>(std::min<int64_t>((classes + kTile - 1) / kTile, 65535));
+      launch(gmm_tiled_kernel<kPosterior, T>, grid, dim3(kThreads), 0, z, points, mu, mixture, rows, width, packed,
+             all_aligned(classes, mu), out);
+    }
+  }
+};
 
 }  // namespace
 
 NM_CUDA_LIBRARY(m) {
-  m.impl("gmm_log_prob", TORCH_BOX(&gmm_log_prob));
-  m.impl("gmm_posterior", TORCH_BOX(&gmm_posterior));
+  m.impl("gmm_log_prob", TORCH_BOX(&MixtureOps<LogProb>::log_prob));
+  m.impl("gmm_posterior", TORCH_BOX(&MixtureOps<LogProb>::posterior));
 }
 
 }  // namespace normatch

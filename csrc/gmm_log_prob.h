@@ -4,7 +4,9 @@
 // The per-class constants are few: they are made in double, so that only the distances carry rounding errors.
 #pragma once
 
-#include "portable.h"
+#include <tuple>
+
+#include "tensors.h"
 
 namespace normatch {
 
@@ -45,5 +47,51 @@ NM_HD Acc gmm_precision(double log_sigma) {
   const double largest = sizeof(Acc) == 4 ? 3.4e38 : 1.7e308;
   return Acc(precision < largest ? precision : largest);
 }
+
+// Where the results go; log_prob, label and confidence are null where only the classes' log-probabilities are wanted.
+template <typename Acc>
+struct MixtureOutputs {
+  Acc *class_log_prob, *log_prob;
+  int64_t* label;
+  Acc* confidence;
+};
+
+// The forward ops of a backend, from its LogProb::run<T>, which takes dense tensors of at least one row.
+template <typename LogProb>
+struct MixtureOps {
+  using Posterior = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+  static Posterior posterior(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits,
+                             double eps) {
+    const ScalarType sums = accumulation_type(z);
+    const int64_t rows = z.size(0);
+    const Posterior out{new_tensor(z, {rows, means.size(0)}, sums), new_tensor(z, {rows}, sums),
+                        new_tensor(z, {rows}, ScalarType::Long), new_tensor(z, {rows}, sums)};
+    run(z, means, rho, logits, eps, out);
+    return out;
+  }
+
+  static Tensor log_prob(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps) {
+    const Posterior out{new_tensor(z, {z.size(0), means.size(0)}, accumulation_type(z)), {}, {}, {}};
+    run(z, means, rho, logits, eps, out);
+    return std::get<0>(out);
+  }
+
+  static void run(const Tensor& z, const Tensor& means, const Tensor& rho, const Tensor& logits, double eps,
+                  const Posterior& results) {
+    if (z.size(0) == 0) return;
+    dispatch(z.scalar_type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      using Acc = acc_t<T>;
+      const auto& [class_log_prob, log_prob, label, confidence] = results;
+      MixtureOutputs<Acc> out{class_log_prob.template mutable_data_ptr<Acc>(), nullptr, nullptr, nullptr};
+      if (log_prob.defined())
+        out = {out.class_log_prob, log_prob.template mutable_data_ptr<Acc>(),
+               label.template mutable_data_ptr<int64_t>(), confidence.template mutable_data_ptr<Acc>()};
+      LogProb::template run<T>(dense_rows(z), dense_rows(means), torch::stable::contiguous(rho),
+                               torch::stable::contiguous(logits), eps, out);
+    });
+  }
+};
 
 }  // namespace normatch

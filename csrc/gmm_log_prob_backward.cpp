@@ -86,10 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
                                                                  const Tensor& logits, double eps) {
   const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
   const Tensor dense_grad = dense_rows(grad), dense_z = dense_rows(z), dense_means = dense_rows(means);
-  const Tensor grad_z = new_tensor(z, {rows, width}, z.scalar_type());
-  const Tensor grad_means = new_tensor(means, {classes, width}, means.scalar_type());
-  const Tensor grad_rho = new_tensor(rho, {classes}, rho.scalar_type());
-  const Tensor grad_logits = new_tensor(logits, {classes}, logits.scalar_type());
+  const Tensor grad_z = new_like(z), grad_means = new_like(means), grad_rho = new_like(rho);
+  const Tensor grad_logits = new_like(logits);
   const int64_t padded = whole_vectors(width, 16);
   // Each chunk has its own copy of the means' gradient: as many chunks as 64 MB of floats allow, at least 8.
   const Chunks chunks(rows, 64, std::clamp<int64_t>(kWorkspace / (classes * padded), 8, 64));

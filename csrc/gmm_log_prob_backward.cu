@@ -157,16 +157,9 @@ __global__ void __launch_bounds__(512)
   const int classes = mixture.classes;
   if (blockIdx.x + 1 < gridDim.x) {
     const int64_t elements = classes * width, element = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    double sum = 0;
-    if (element < elements)
-      for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y)
-        sum += partial.means[chunk * elements + element];
-    sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && element < elements) {
-      for (unsigned y = 1; y < blockDim.y; ++y) sum += sums[y * blockDim.x + threadIdx.x];
+    const double sum = column_sum(partial.means, chunks, elements, element, element < elements, sums);
+    if (threadIdx.y == 0 && element < elements)
       grad_means[element] = Acc(sum * gmm_precision<double>(mixture.log_sigma(int(element / width))));
-    }
     return;
   }
   const auto all = mixture.normalizer();
@@ -195,10 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
                                                                  const Tensor& means, const Tensor& rho,
                                                                  const Tensor& logits, double eps) {
   const int64_t rows = z.size(0), width = z.size(1), classes = means.size(0);
-  const Tensor grad_z = new_tensor(z, {rows, width}, z.scalar_type());
-  const Tensor grad_means = new_tensor(means, {classes, width}, means.scalar_type());
-  const Tensor grad_rho = new_tensor(rho, {classes}, rho.scalar_type());
-  const Tensor grad_logits = new_tensor(logits, {classes}, logits.scalar_type());
+  const Tensor grad_z = new_like(z), grad_means = new_like(means), grad_rho = new_like(rho);
+  const Tensor grad_logits = new_like(logits);
   const Tensor dense_grad = dense_rows(grad), dense_z = dense_rows(z), dense_means = dense_rows(means);
   const Tensor dense_rho = torch::stable::contiguous(rho), dense_logits = torch::stable::contiguous(logits);
   const int64_t column_tiles = (width + kThreads - 1) / kThreads, class_tiles = (classes + kFew - 1) / kFew;

@@ -14,7 +14,6 @@ Tensor logdet(const Tensor& log_scale) {
   std::vector<double> partial(rows * pieces);
   dispatch(log_scale.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using Acc = acc_t<T>;
     const auto in = read_rows<T>(dense);
     const int64_t length = (width + pieces - 1) / pieces;
     parallel_rows(rows * pieces, length, [&](int64_t begin, int64_t end) {
@@ -28,12 +27,7 @@ Tensor logdet(const Tensor& log_scale) {
         }
       });
     });
-    Acc* out = sums.mutable_data_ptr<Acc>();
-    for (int64_t i = 0; i < rows; ++i) {
-      double sum = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) sum += partial[i * pieces + piece];
-      out[i] = Acc(sum);
-    }
+    sum_parts(partial, rows, pieces, pieces, 1, sums.mutable_data_ptr<acc_t<T>>());
   });
   return sums;
 }

@@ -2,6 +2,8 @@
 // Compiled without PyTorch's headers, whose own copy of pybind11 refuses a stable-ABI target.
 #include <pybind11/pybind11.h>
 
+#include "limits.h"
+
 namespace py = pybind11;
 
 namespace normatch {
@@ -16,6 +18,18 @@ int64_t launches();
 }  // namespace emulator
 #endif
 
+// What of the kernels' limits Python checks; what is missing is unlimited.
+static py::dict limits() {
+  using namespace normatch;
+  using namespace py::literals;
+  return py::dict(
+      "flow_head_cpu"_a = py::dict("hidden"_a = kFusedHidden, "features"_a = kFusedFeatures),
+      "flow_head_cuda"_a = py::dict("hidden"_a = kFusedHidden, "features"_a = kFusedFeatures, "classes"_a = kMaxClasses,
+                                    "couplings"_a = kMaxCouplings, "parameters"_a = kMaxParameters),
+      "augment_views"_a =
+          py::dict("max_side"_a = kMaxImageSide, "max_ops"_a = kMaxViewOps, "max_levels"_a = kMaxLevels));
+}
+
 static py::dict build_info() {
   py::dict info;
   info["compiler"] = NORMATCH_COMPILER;
@@ -24,6 +38,7 @@ static py::dict build_info() {
   info["cuda"] = NORMATCH_CUDA_VERSION;  // "" for a build without nvcc
   info["cuda_architectures"] = NORMATCH_CUDA_ARCHITECTURES;
   info["cpu_capability"] = normatch::cpu_capability_name();
+  info["limits"] = limits();
 #ifdef NM_EMULATE
   info["emulated"] = true;
   info["thread_order"] = emulator::reversed() ? "reversed" : "forward";

@@ -44,4 +44,8 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::new_empty(like, {size.begin(), size.size()}, type);
 }
 
+inline Tensor new_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type());
+}
+
 }  // namespace normatch

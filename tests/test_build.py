@@ -11,6 +11,8 @@ import torch
 from accuracy import with_kernels
 
 from normatch import ops
+from normatch.augment import policy
+from normatch.data.base import MAX_SIDE
 from normatch.tools.info import info
 
 TESTS = Path(__file__).parent
@@ -98,6 +100,18 @@ def test_build_info():
     assert bool(build["cuda"]) == bool(build["cuda_architectures"])
     assert ("cuda" in ops.kernels()["logdet"]) == (bool(build["cuda"]) and not build["emulated"])
     assert all("cpu" in devices for devices in ops.kernels().values())
+    limits = build["limits"]
+    assert set(limits) == {"flow_head_cpu", "flow_head_cuda", "augment_views"}
+    assert limits["flow_head_cpu"].items() <= limits["flow_head_cuda"].items()
+    views = {"max_side": MAX_SIDE, "max_ops": policy.MAX_OPS, "max_levels": policy.MAX_LEVELS}
+    assert limits["augment_views"] == views  # which policies and data sets are checked against without the extension
+
+
+def test_every_kernel_file_has_its_twin():
+    """The emulated build leaves out the .cpp file of every .cu file, so both backends must be cut alike."""
+    csrc = TESTS.parent / "csrc"
+    kernels = {path.stem for path in csrc.glob("*.cpp")} - {"cpu", "module", "ops"}
+    assert {path.stem for path in csrc.glob("*.cu")} == kernels
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA")
