@@ -1,18 +1,14 @@
-// Affine coupling on the CPU: one pass over the rows each way. Values moved per element: forward and inverse
-// 3 read, 1 written; backward 3 read, 2 written (dt is dx). About 45 FLOP an element, nearly all in exp and
-// tanh.
+// Affine coupling on the CPU, in one pass over the rows. Per element 3 values read and 1 written (forward, inverse) or
+// 2 (backward, where dt is dx); about 45 FLOP, nearly all in exp and tanh.
 #include "affine_coupling.h"
-
-#include <tuple>
 
 #include "cpu.h"
 
 namespace normatch {
 namespace {
 
-// The sum over a row of element(column, scale, load, store). The tanhs of a stretch are made ahead of what is made of
-// them: tanh and exp in one go are so long a chain of dependent operations that the processor cannot hold enough
-// elements at once to hide it.
+// The sum over a row of element(column, scale, load, store). A stretch's tanhs are computed first: tanh and exp
+// together are too long a dependency chain for the processor to overlap enough elements.
 template <typename V, typename Acc, typename T, typename F>
 NM_HD double for_scales(const T* s_raw, const Acc* gain, int64_t width, const F& element) {
   constexpr int64_t kStretch = 16 * kLanes<V>;
@@ -49,7 +45,7 @@ Tensor map_rows(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Ten
     Acc* const sums = logdet ? logdet->mutable_data_ptr<Acc>() : nullptr;
     const bool streaming = should_stream(rows, width, out);
     parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-      vectorised<T>([&](auto lanes) NM_INLINE {
+      vectorized<T>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
         for (int64_t i = begin; i < end; ++i) {
           const double sum = for_scales<V>(
@@ -69,8 +65,7 @@ Tensor map_rows(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Ten
   return y;
 }
 
-// The gradients of x (or y), which is that of t too (or its opposite), s_raw and gain. That of the gain sums over rows:
-// in registers' type over kBlock rows, these into a double for each chunk, the chunks in order.
+// The gradients of x (or y), s_raw and gain. The gain's is summed in Acc over kBlock rows, in double over a chunk.
 template <bool kInverse>
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& upstream, const Tensor* grad_logdet, const Tensor& y,
                                              const Tensor& s_raw, const Tensor& gain) {
@@ -93,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& upstream, const Tenso
     const bool streaming = should_stream(rows, width, din) && should_stream(rows, width, ds);
     torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
       std::vector<Acc> block(width);
-      vectorised<T>([&](auto lanes) NM_INLINE {
+      vectorized<T>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
         for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk)
           for (int64_t first = chunks.begin(chunk); first < chunks.end(chunk); first += kBlock) {
@@ -121,32 +116,10 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& upstream, const Tenso
   return {grad_in, grad_s, grad_gain};
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
-  const Tensor logdet = new_tensor(x, {x.size(0)}, accumulation_type(x));
-  return {map_rows<false>(x, s_raw, t, gain, &logdet), logdet};
-}
-
-Tensor affine_coupling_inverse(const Tensor& y, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
-  return map_rows<true>(y, s_raw, t, gain, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y, const Tensor& grad_logdet,
-                                                            const Tensor& y, const Tensor& s_raw, const Tensor& gain) {
-  return gradients<false>(grad_y, &grad_logdet, y, s_raw, gain);
-}
-
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_inverse_backward(const Tensor& grad_x, const Tensor& y,
-                                                                    const Tensor& s_raw, const Tensor& gain) {
-  return gradients<true>(grad_x, nullptr, y, s_raw, gain);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(normatch, CPU, m) {
-  m.impl("affine_coupling", TORCH_BOX(&affine_coupling));
-  m.impl("affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
-  m.impl("affine_coupling_inverse", TORCH_BOX(&affine_coupling_inverse));
-  m.impl("affine_coupling_inverse_backward", TORCH_BOX(&affine_coupling_inverse_backward));
+  AffineCouplingOps<map_rows<false>, map_rows<true>, gradients<false>, gradients<true>>::implement(m);
 }
 
 }  // namespace normatch

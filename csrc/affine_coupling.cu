@@ -1,11 +1,8 @@
-// Affine coupling on the GPU: one pass over the rows each way. Values moved per element: forward and inverse
-// 3 read, 1 written; backward 3 read, 2 written (dt is dx).
-// Forward and inverse: 8 threads, a warp or a block a row, by its width; few and very long rows are cut into pieces.
-// Backward: no sum along a row is needed, so a thread owns a pack of columns and walks down a chunk of rows with the
-// gain's gradient in registers; the sums of the chunks are added up in a second launch.
+// Affine coupling on the GPU, in one pass over the rows. Per element 3 values read and 1 written (forward, inverse) or
+// 2 (backward, where dt is dx). Forward and inverse: 8 threads, a warp or a block per row, by its width; few and very
+// long rows are cut into pieces. Backward: no sum runs along a row, so a thread owns a pack of columns and walks down a
+// chunk of rows with the gain's gradient in registers; a second launch adds up the chunks.
 #include "affine_coupling.h"
-
-#include <tuple>
 
 #include "cuda.h"
 #include "logdet.h"
@@ -76,39 +73,23 @@ void map_rows(const Tensor& in, const Tensor& s_raw, const Tensor& t, const Tens
          reinterpret_cast<uintptr_t>(g) % 16 == 0);
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
-  const int64_t rows = x.size(0), width = x.size(1);
-  const Tensor y = new_like(x);
-  const Tensor logdet = new_tensor(x, {rows}, accumulation_type(x));
-  if (rows == 0) return {y, logdet};
+// y of x and the log-determinants, or x of y (and no log-determinants: null).
+template <bool kInverse>
+Tensor map(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain, const Tensor* logdet) {
+  const Tensor y = new_like(x), dense_gain = torch::stable::contiguous(gain);
+  const int64_t rows = x.size(0), pieces = logdet_pieces(rows, x.size(1));
+  if (kInverse ? x.numel() == 0 : rows == 0) return y;
   const Tensor dense_x = dense_rows(x), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
-  const Tensor dense_gain = torch::stable::contiguous(gain);
   dispatch(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = acc_t<T>;
-    Acc* const sums = logdet.mutable_data_ptr<Acc>();
-    const int64_t pieces = logdet_pieces(rows, width);
-    if (pieces == 1) {
-      map_rows<false, T>(dense_x, dense_s, dense_t, dense_gain, y, sums);
-    } else {
-      const Tensor partial = new_tensor(x, {rows, pieces}, accumulation_type(x));
-      map_rows<false, T>(dense_x, dense_s, dense_t, dense_gain, y, partial.mutable_data_ptr<Acc>());
-      sum_pieces(partial.const_data_ptr<Acc>(), rows, pieces, sums, x);
-    }
+    const bool cut = !kInverse && pieces > 1;
+    const Tensor partial = cut ? new_tensor(x, {rows, pieces}, accumulation_type(x)) : y;
+    Acc* const sums = kInverse ? nullptr : logdet->mutable_data_ptr<Acc>();
+    map_rows<kInverse, T>(dense_x, dense_s, dense_t, dense_gain, y, cut ? partial.mutable_data_ptr<Acc>() : sums);
+    if (cut) sum_pieces(partial.const_data_ptr<Acc>(), rows, pieces, sums, x);
   });
-  return {y, logdet};
-}
-
-Tensor affine_coupling_inverse(const Tensor& y, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
-  const Tensor x = new_like(y);
-  if (y.numel() == 0) return x;
-  const Tensor dense_y = dense_rows(y), dense_s = dense_rows(s_raw), dense_t = dense_rows(t);
-  const Tensor dense_gain = torch::stable::contiguous(gain);
-  dispatch(y.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    map_rows<true, T>(dense_y, dense_s, dense_t, dense_gain, x, nullptr);
-  });
-  return x;
+  return y;
 }
 
 // gradient(upstream, dlogdet, out, s_raw, gain) of forward or inverse, kCount columns a thread. A block walks down the
@@ -131,26 +112,25 @@ __global__ void affine_coupling_backward_kernel(Rows<const T> upstream, Rows<con
       load_values(s_raw[row] + column, scale);
       const Acc dlogdet = kInverse ? Acc(0) : *grad_logdet[row];
       for (int i = 0; i < kCount; ++i) {
-        const AffineScale<Acc> of = affine_scale(scale[i], g[i]);
-        const AffineGradients<Acc> found = kInverse ? affine_inverse_backward(grad[i], out[i], of, g[i])
-                                                    : affine_backward(grad[i], dlogdet, out[i], of, g[i]);
-        grad[i] = found.input;
-        scale[i] = found.s_raw;
-        sums[i] += found.gain;
+        const AffineScale<Acc> log_scale = affine_scale(scale[i], g[i]);
+        const AffineGradients<Acc> terms = kInverse ? affine_inverse_backward(grad[i], out[i], log_scale, g[i])
+                                                    : affine_backward(grad[i], dlogdet, out[i], log_scale, g[i]);
+        grad[i] = terms.input;
+        scale[i] = terms.s_raw;
+        sums[i] += terms.gain;
       }
       store_values(grad_in[row] + column, grad);
       store_values(grad_s[row] + column, scale);
     }
   }
   __shared__ Acc block[kThreads * kCount];
-  Acc* const own = block + (threadIdx.y * blockDim.x + threadIdx.x) * kCount;
-  for (int i = 0; i < kCount; ++i) own[i] = sums[i];
+  Acc* const mine = block + (threadIdx.y * blockDim.x + threadIdx.x) * kCount;
+  for (int i = 0; i < kCount; ++i) mine[i] = sums[i];
   __syncthreads();
   if (threadIdx.y == 0 && column < width)
     for (int i = 0; i < kCount; ++i) {
       Acc sum = 0;
-      for (unsigned other = 0; other < blockDim.y; ++other)
-        sum += block[(other * blockDim.x + threadIdx.x) * kCount + i];
+      for (unsigned y = 0; y < blockDim.y; ++y) sum += block[(y * blockDim.x + threadIdx.x) * kCount + i];
       partial[blockIdx.y * width + column + i] = sum;
     }
 }
@@ -202,23 +182,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor
   return {grad_in, grad_s, grad_gain};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y, const Tensor& grad_logdet,
-                                                            const Tensor& y, const Tensor& s_raw, const Tensor& gain) {
-  return backward<false>(grad_y, &grad_logdet, y, s_raw, gain);
-}
-
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_inverse_backward(const Tensor& grad_x, const Tensor& y,
-                                                                    const Tensor& s_raw, const Tensor& gain) {
-  return backward<true>(grad_x, nullptr, y, s_raw, gain);
-}
-
 }  // namespace
 
 NM_CUDA_LIBRARY(m) {
-  m.impl("affine_coupling", TORCH_BOX(&affine_coupling));
-  m.impl("affine_coupling_backward", TORCH_BOX(&affine_coupling_backward));
-  m.impl("affine_coupling_inverse", TORCH_BOX(&affine_coupling_inverse));
-  m.impl("affine_coupling_inverse_backward", TORCH_BOX(&affine_coupling_inverse_backward));
+  AffineCouplingOps<map<false>, map<true>, backward<false>, backward<true>>::implement(m);
 }
 
 }  // namespace normatch

@@ -1,8 +1,10 @@
-// Affine coupling, element by element: y = (x + t) exp(s), s = gain tanh(s_raw); log-det = sum of s over the
-// row.
+// Affine coupling, element by element: y = (x + t) exp(s), s = gain tanh(s_raw); the row's log-det is
+// the sum of s.
 #pragma once
 
-#include "portable.h"
+#include <tuple>
+
+#include "tensors.h"
 
 namespace normatch {
 
@@ -50,5 +52,35 @@ NM_HD AffineGradients<V> affine_inverse_backward(V grad_x, V y, AffineScale<V> s
   const V grad_y = grad_x * Math<V>::exp(-scale.s);
   return affine_gradients(grad_y, -(grad_y * y), scale.tanh_s, gain);
 }
+
+// A backend's ops. kMap and kInvert return y and x; the gradients are those of the input (and, up to sign, of t), s_raw
+// and gain.
+template <auto kMap, auto kInvert, auto kGradients, auto kInverseGradients>
+struct AffineCouplingOps {
+  using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+  static std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
+    const Tensor logdet = new_tensor(x, {x.size(0)}, accumulation_type(x));
+    return {kMap(x, s_raw, t, gain, &logdet), logdet};
+  }
+  static Tensor inverse(const Tensor& y, const Tensor& s_raw, const Tensor& t, const Tensor& gain) {
+    return kInvert(y, s_raw, t, gain, nullptr);
+  }
+  static Gradients backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& y, const Tensor& s_raw,
+                            const Tensor& gain) {
+    return kGradients(grad_y, &grad_logdet, y, s_raw, gain);
+  }
+  static Gradients inverse_backward(const Tensor& grad_x, const Tensor& y, const Tensor& s_raw, const Tensor& gain) {
+    return kInverseGradients(grad_x, nullptr, y, s_raw, gain);
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("affine_coupling", TORCH_BOX(&AffineCouplingOps::forward));
+    m.impl("affine_coupling_backward", TORCH_BOX(&AffineCouplingOps::backward));
+    m.impl("affine_coupling_inverse", TORCH_BOX(&AffineCouplingOps::inverse));
+    m.impl("affine_coupling_inverse_backward", TORCH_BOX(&AffineCouplingOps::inverse_backward));
+  }
+};
 
 }  // namespace normatch

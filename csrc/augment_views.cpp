@@ -1,5 +1,5 @@
-// Augmented views on the CPU. A view is made in two buffers of the image's size, which stay in the core's
-// cache; memory sees one read of the image and one write of the normalised view.
+// Augmented views on the CPU, in two buffers of the image's size that stay in cache: one read of the image and one
+// write of the normalized view.
 #include "augment_views.h"
 
 #include "cpu.h"
@@ -31,8 +31,8 @@ struct Scratch {
 template <typename V>
 using Narrow = typename VectorTypes<kLanes<V>>::Narrow;
 
-// As many levels as V has lanes, as 16-bit numbers or as V, and back with the fraction cut off. Always in steps
-// of a factor of two: a conversion from 8 to 32 bits in one becomes a dozen instructions a level.
+// One level per lane of V, as 16-bit integers or as V, and back, truncated. In steps of a factor of two, since a direct
+// conversion from 8 to 32 bits takes a dozen instructions per level.
 template <typename V>
 NM_HD Narrow<V> load_narrow(const uint8_t* p) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<V>)));
@@ -84,9 +84,8 @@ NM_HD B rearranged(B v, B m) {
 #endif
 }
 
-// L pixels as 32-bit numbers: red, then green << 8, blue << 16, and in the top byte whatever. A load reads, and a
-// store writes, L bytes too far. Groups of four pixels move between twelve and sixteen bytes: first as three or four
-// whole words, then within sixteen bytes, as instructions go.
+// L pixels as 32-bit integers: red, green << 8, blue << 16; the top byte is arbitrary. Loads and stores run L bytes
+// past the end. Four pixels move between 12 and 16 bytes by whole words first, then within 16 bytes: one shuffle each.
 template <int L>
 struct Pixels {
   using Int = typename VectorTypes<L>::Int;
@@ -126,9 +125,9 @@ struct Pixels {
   }
 };
 
-// The width pixels that end before `end`, from the last to the first. Reads and writes up to 16 bytes too far.
+// Reverses the `width` pixels before `end`. Reads and writes up to 16 bytes too far.
 void mirror(const uint8_t* end, int width, uint8_t* out) {
-  vectorised<uint8_t>([&](auto) NM_INLINE {
+  vectorized<uint8_t>([&](auto) NM_INLINE {
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     const Bytes mirrored = {13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0};
     for (int x = 0; x < width; x += 5, end -= 15, out += 15) {
@@ -188,7 +187,7 @@ void transform(const Affine& a, int h, int w, const uint8_t* in, Scratch& s, uin
       if (end > begin)
         memcpy(out + 3 * begin, in + (y_row >> 16) * pitch + 3 * ((x_row >> 16) + begin), 3 * (end - begin));
     } else {
-      vectorised<int32_t>([&](auto lanes) NM_INLINE {
+      vectorized<int32_t>([&](auto lanes) NM_INLINE {
         using Int = typename VectorTypes<kLanes<typename decltype(lanes)::type>>::Int;
         constexpr int kWidth = kLanes<typename decltype(lanes)::type>;
         Int x;
@@ -204,7 +203,7 @@ void transform(const Affine& a, int h, int w, const uint8_t* in, Scratch& s, uin
   }
 }
 
-// Every other pixel into counters of its own: neighbours are often equal, and an addition would wait for the last.
+// Odd pixels have separate counters: neighbors are often equal, and one increment would wait for the other.
 void count_levels(const uint8_t* image, int64_t pixels, int counts[3][256]) {
   int odd[3][256] = {};
   memset(counts, 0, 3 * 256 * sizeof(int));
@@ -225,17 +224,14 @@ void lowest_and_highest(const uint8_t* image, int64_t levels, int lo[3], int hi[
   uint8_t least[kRun], most[kRun];
   for (int j = 0; j < kRun; ++j) least[j] = most[j] = image[j % 3];
   int64_t i = 0;
-  for (; i + kRun <= levels; i += kRun)
-    for (int j = 0; j < kRun; ++j) {
-      const uint8_t v = image[i + j];
-      least[j] = v < least[j] ? v : least[j];
-      most[j] = v > most[j] ? v : most[j];
-    }
-  for (int j = 0; i + j < levels; ++j) {
+  const auto take = [&](int j) NM_INLINE {
     const uint8_t v = image[i + j];
     least[j] = v < least[j] ? v : least[j];
     most[j] = v > most[j] ? v : most[j];
-  }
+  };
+  for (; i + kRun <= levels; i += kRun)
+    for (int j = 0; j < kRun; ++j) take(j);
+  for (int j = 0; i + j < levels; ++j) take(j);
   for (int c = 0; c < 3; ++c) {
     lo[c] = least[c];
     hi[c] = most[c];
@@ -273,9 +269,9 @@ void map_levels(uint8_t* image, int64_t pixels, const uint8_t* map) {
   }
 }
 
-// Every level of `in`, and what its pixel is blended from, a grey: towards black, or away from the mean.
+// Blends every level with one gray: black for brightness, the mean for contrast.
 void blend_with(int gray, const uint8_t* in, int64_t levels, float factor, uint8_t* out) {
-  vectorised<float>([&](auto lanes) NM_INLINE {
+  vectorized<float>([&](auto lanes) NM_INLINE {
     using V = typename decltype(lanes)::type;
     const V back = V{} + float(gray);
     int64_t i = 0;
@@ -287,7 +283,7 @@ void blend_with(int gray, const uint8_t* in, int64_t levels, float factor, uint8
 
 int64_t sum_of_luma(const uint8_t* image, int64_t pixels) {
   int64_t total = 0;
-  vectorised<float>([&](auto lanes) NM_INLINE {
+  vectorized<float>([&](auto lanes) NM_INLINE {
     constexpr int kWidth = kLanes<typename decltype(lanes)::type>;
     using P = Pixels<kWidth>;
     typename P::Int sum{};  // at most 2,048^2 / 4 pixels of 255 a lane
@@ -300,11 +296,11 @@ int64_t sum_of_luma(const uint8_t* image, int64_t pixels) {
 }
 
 void color(const uint8_t* in, int64_t pixels, float factor, uint8_t* out) {
-  vectorised<float>([&](auto lanes) NM_INLINE {
+  vectorized<float>([&](auto lanes) NM_INLINE {
     using V = typename decltype(lanes)::type;
     using P = Pixels<kLanes<V>>;
     using Int = typename P::Int;
-    // Whole vectors to the end: what is too much lies in the slack.
+    // Whole vectors to the end: the excess lies in the slack.
     for (int64_t i = 0; i < pixels; i += kLanes<V>) {
       const Int pixel = P::load(in + 3 * i);
       const V gray = __builtin_convertvector(P::luma(pixel), V);
@@ -322,7 +318,7 @@ void sharpness(const uint8_t* in, int h, int w, float factor, Scratch& s, uint8_
   const int pitch = 3 * w;
   memcpy(out, in, pitch);          // the border is kept
   uint16_t* sums = s.sums.data();  // of three levels above each other
-  vectorised<float>([&](auto lanes) NM_INLINE {
+  vectorized<float>([&](auto lanes) NM_INLINE {
     using V = typename decltype(lanes)::type;
     using Sums = Narrow<V>;
     constexpr int kWidth = kLanes<V>;
@@ -391,7 +387,7 @@ void write(const ViewPolicy& p, const uint8_t* in, T* out) {
   if constexpr (std::is_same_v<T, uint8_t>) {
     memcpy(out, in, length);
   } else {
-    vectorised<T>([&](auto lanes) NM_INLINE {
+    vectorized<T>([&](auto lanes) NM_INLINE {
       using V = typename decltype(lanes)::type;
       constexpr int kWidth = kLanes<V>;
       float scale[3 * kWidth], shift[3 * kWidth];  // of three vectors in a row the channels repeat

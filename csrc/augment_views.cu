@@ -1,7 +1,6 @@
-// Augmented views on the GPU: one block makes one view. The picture and its successor lie in shared memory (in a
-// workspace where they are too large for it), so that memory sees one read of the image and one write of the
-// normalised view: 3 bytes in and 6 (bf16) or 12 (fp32) out a pixel. Thread 0 draws the view; every pass gives
-// neighbouring threads neighbouring levels or pixels. All sums are of integers, hence the same in any order.
+// Augmented views on the GPU, one block per view. The picture and its successor are in shared memory (in a workspace if
+// too large), so global memory sees one read of the image and one write of the normalized view: per pixel 3 bytes in
+// and 6 (bf16) or 12 (fp32) out. Thread 0 draws the view. All sums are of integers, hence the same in any order.
 #include "augment_views.h"
 
 #include <algorithm>
@@ -14,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kSharedLimit = 96 * 1024;
 
-// What the threads of a block share besides the pictures.
+// What a block shares besides the pictures.
 struct Shared {
   View view;
   Affine affine;
@@ -92,8 +91,8 @@ __device__ void level_map(int op, float value, int pixels, const uint8_t* image,
       }
       int before = sum;  // inclusive sum over the lanes, then exclusive
       for (int offset = 1; offset < kLanesOfWarp; offset *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, before, offset);
-        if (lane >= offset) before += other;
+        const int lower = __shfl_up_sync(kFullWarp, before, offset);
+        if (lane >= offset) before += lower;
       }
       before -= sum;
       const int step = hi > lo ? (pixels - s.counts[channel][hi]) / 255 : 0;

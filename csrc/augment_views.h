@@ -1,7 +1,6 @@
-// Augmented views of uint8 images: what both backends share. A view follows from (seed, visit, sample, view) by
-// Philox4x32-10 and integer or separately rounded arithmetic, word for word as in normatch/augment.py, and its
-// pixels are those that Pillow makes. So nothing here may be contracted to a fused multiply-add: device code
-// rounds explicitly, host code is compiled with -ffp-contract=off.
+// Augmented views of uint8 images, for both backends. (seed, visit, sample, view) determine a view through
+// Philox4x32-10 and integer or separately rounded arithmetic, exactly as in normatch/augment.py, and its pixels are
+// Pillow's. Hence no fused multiply-adds: device code rounds explicitly, host code is built with -ffp-contract=off.
 #pragma once
 
 #include <vector>
@@ -12,7 +11,7 @@
 
 namespace normatch {
 
-// Positions in OPS of normatch/augment.py.
+// Indices into OPS of normatch/augment.py.
 enum AugmentOp : int {
   kAutoContrast,
   kBrightness,
@@ -33,7 +32,7 @@ enum AugmentOp : int {
 
 constexpr int kStrongView = 2;  // View.UNLABELED_STRONG: the only kind with operations and a cutout
 
-// A policy and the images' geometry, by value in the kernel's arguments.
+// A policy and the image size, passed to kernels by value.
 struct ViewPolicy {
   int height, width, num_ops, levels, pool_size, cutout_pixels;
   bool random_sign, reflect, ops_first, cutout_downwards, flip;
@@ -41,7 +40,7 @@ struct ViewPolicy {
   uint8_t pool[kAugmentOps];
   float probability, cutout_fraction;
   float table[kAugmentOps][kMaxLevels];  // value of op at level index; or lo, hi
-  float scale[3], shift[3];              // normalised = value * scale - shift
+  float scale[3], shift[3];              // normalized = value * scale - shift
 };
 
 struct Box {
@@ -57,31 +56,25 @@ struct View {
   Box box;
 };
 
-// ---- arithmetic with every rounding spelt out
-NM_HD float times(float a, float b) {
+// ---- arithmetic with explicit rounding
+template <typename V>
+NM_HD V times(V a, V b) {
 #ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
+  if constexpr (sizeof(V) == 4)
+    return __fmul_rn(a, b);
+  else
+    return __dmul_rn(a, b);
 #else
   return a * b;
 #endif
 }
-NM_HD float plus(float a, float b) {
+template <typename V>
+NM_HD V plus(V a, V b) {
 #ifdef __CUDA_ARCH__
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-NM_HD double times(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-NM_HD double plus(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dadd_rn(a, b);
+  if constexpr (sizeof(V) == 4)
+    return __fadd_rn(a, b);
+  else
+    return __dadd_rn(a, b);
 #else
   return a + b;
 #endif
@@ -103,8 +96,8 @@ NM_HD bool is_geometric(int op) {
 }
 
 // One axis of the published cutout: shifted at the near edge, cut at the far one, both ends counted.
-NM_HD void cutout_ends(float centre, float side, int size, int& first, int& last) {
-  const float begin = truncf(fmaxf(plus(centre, -times(side, 0.5f)), 0.0f));
+NM_HD void cutout_ends(float center, float side, int size, int& first, int& last) {
+  const float begin = truncf(fmaxf(plus(center, -times(side, 0.5f)), 0.0f));
   const float end = truncf(fminf(plus(begin, side), float(size)));
   first = int(begin);
   last = side > 0 ? int(fminf(end, float(size - 1))) : -1;
@@ -176,7 +169,7 @@ NM_HD Affine affine_of(int op, float value, int height, int width) {
     a.a3 = fixed(v);
     a.a5 = fixed(plus(times(v, 0.5), 0.5));
   } else {
-    // Pillow's own steps: the angle in [0, 360), the matrix to 15 decimals, about the image's centre.
+    // As Pillow does it: the angle in [0, 360), the matrix to 15 decimals, about the image's center.
     double degrees = fmod(v, 360.0);
     if (degrees < 0) degrees = plus(degrees, 360.0);
     const double angle = -times(degrees, 3.14159265358979323846 / 180.0);
@@ -238,8 +231,8 @@ NM_HD uint8_t autocontrasted(int v, int lo, int hi) {
   return uint8_t(level < 0 ? 0.0 : level > 255 ? 255.0 : level);
 }
 
-// below: pixels under level v; step: pixels a level of the result holds; 0: leave the channel as it is. Pillow's whole
-// quotient (step / 2 + below) / step, by way of the reciprocal: half a pixel more keeps it off the whole numbers.
+// below: pixels under level v; step: pixels per output level, 0 to keep the channel. Pillow's integer division
+// (step / 2 + below) / step by the reciprocal; adding half a pixel keeps the quotient off the integers.
 NM_HD uint8_t equalized(int v, int below, int step) {
   if (step == 0) return uint8_t(v);
   const int level = int(times(double(step / 2 + below) + 0.5, 1.0 / step));
@@ -250,7 +243,7 @@ NM_HD float normalized(int v, float scale, float shift) {
   return plus(times(float(v), scale), -shift);
 }
 
-// From the lists that encode_policy of normatch/augment.py makes.
+// Reads the lists from encode_policy in normatch/augment.py.
 inline ViewPolicy decode_policy(const std::vector<int64_t>& rules, const std::vector<double>& values,
                                 const std::vector<double>& scale, const std::vector<double>& shift, int64_t height,
                                 int64_t width) {
@@ -284,7 +277,7 @@ inline ViewPolicy decode_policy(const std::vector<int64_t>& rules, const std::ve
   return p;
 }
 
-// The op of a backend, from its Views::make<T>.
+// A backend's op; Views::make<T> fills `out`.
 template <typename Views>
 Tensor augment_views(const Tensor& images, const Tensor& draws, int64_t seed, std::vector<int64_t> rules,
                      std::vector<double> values, std::vector<double> scale, std::vector<double> shift,

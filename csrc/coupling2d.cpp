@@ -1,7 +1,6 @@
-// Affine coupling of images on the CPU, in one pass over the samples each way. A value of the changed part costs 3
-// reads and 1 write forward and inverse, 3 reads and 3 writes backward; of the rest 1 and 1. Blocks of changed values
-// go through the vectors: those of a planar sample lie in a row; those of channels-last ones are few neighbours at a
-// time, gathered into a row in cache and scattered from it.
+// Affine coupling of images on the CPU, in one pass over the samples. Per changed value 3 reads and 1 write (forward,
+// inverse) or 3 and 3 (backward), per other value 1 and 1. Vectors run over blocks of changed values: a planar sample's
+// are contiguous, a channels-last one's are gathered into a row in cache and scattered back.
 #include "coupling2d.h"
 
 #include "cpu.h"
@@ -23,8 +22,7 @@ struct Field {
   }
 };
 
-// How the changed values of a sample are cut: into pieces, so that a few large samples still fill the threads, and
-// these into blocks.
+// Cuts a sample's changed values into pieces, so that a few large samples keep all threads busy, and these into blocks.
 struct Cut {
   const ImageCoupling& shape;
   int64_t size, length, pieces;  // of what is cut: values of a planar row, or pixels
@@ -70,8 +68,8 @@ struct Tables {
   }
 };
 
-// Calls f(std::integral_constant<int, n>) with n = parts if that is one of the usual numbers, so that moving as many
-// values takes a few instructions, and with 0 elsewhere.
+// Calls f(std::integral_constant<int, n>) with n = parts for the usual numbers, so that moving n values takes a few
+// instructions, else with 0.
 template <int... kUsual, typename F>
 void dispatch_parts(int64_t parts, const F& f) {
   const bool usual = ((parts == kUsual && (f(std::integral_constant<int, kUsual>{}), true)) || ...);
@@ -162,10 +160,6 @@ Field<T> write_images(const Tensor& tensor, int64_t channel) {
   return {tensor.mutable_data_ptr<T>(), strides_of(tensor), channel};
 }
 
-std::optional<Tensor> dense(const std::optional<Tensor>& gain) {
-  return gain ? std::optional<Tensor>(torch::stable::contiguous(*gain)) : std::nullopt;
-}
-
 // Calls f(std::bool_constant) with whether there is a gain.
 template <typename F>
 void dispatch_gain(bool has_gain, const F& f) {
@@ -211,8 +205,8 @@ struct Block {
   }
 };
 
-// The sum over a block of element(column, scale, load, store), stretch by stretch, as in affine_coupling.cpp: what is
-// dear of the scale first, then the rest.
+// The sum over a block of element(column, scale, load, store); in each stretch the expensive part of the scale first,
+// as in affine_coupling.cpp.
 template <typename V, bool kInverse, bool kGain, typename T, typename Acc, typename F>
 NM_HD double for_scales(const Block<Acc>& block, const T* s_raw, Acc eps, const F& element) {
   constexpr int64_t kStretch = 16 * kLanes<V>;
@@ -293,12 +287,13 @@ NM_HD void add_terms(const ImageCoupling& shape, int64_t place, int64_t count, c
   });
 }
 
-// y and the log-scale's sums; or x, and sums that nobody asks for.
+// y and the log-determinants, or x (and unused sums).
 template <bool kInverse>
 std::tuple<Tensor, Tensor> map_images(const Tensor& given, const Tensor& given_params,
                                       const std::optional<Tensor>& given_gain, const ImageCoupling& shape) {
   const Tensor x = in_format(given, shape.channels_last), params = in_format(given_params, shape.channels_last);
-  const std::optional<Tensor> gain = dense(given_gain);
+  std::optional<Tensor> gain;
+  if (given_gain) gain = torch::stable::contiguous(*given_gain);
   const Tensor y = new_images(x, shape.channels, shape.channels_last);
   const Tensor logdet = new_tensor(x, {shape.samples}, accumulation_type(x));
   const Cut cut(shape);
@@ -316,7 +311,7 @@ std::tuple<Tensor, Tensor> map_images(const Tensor& given, const Tensor& given_p
         for (int64_t unit = begin; unit < end; ++unit)
           for_blocks(cut, unit, in, out, scratch, [&](int64_t place, int64_t count, const auto& from, const auto& to) {
             const Block<Acc> block(cut, tables, place, count, to, scratch.gain);
-            vectorised<T>([&](auto lanes) NM_INLINE {
+            vectorized<T>([&](auto lanes) NM_INLINE {
               using V = typename decltype(lanes)::type;
               sums[unit] +=
                   map_block<V, kInverse, decltype(has_gain)::value>(block, from, to, shape.shift_first, Acc(shape.eps));
@@ -339,7 +334,8 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
   const Tensor upstream = in_format(given_upstream, shape.channels_last);
   const Tensor saved = in_format(given_saved, shape.channels_last);
   const Tensor params = in_format(given_params, shape.channels_last);
-  const std::optional<Tensor> gain = dense(given_gain);
+  std::optional<Tensor> gain;
+  if (given_gain) gain = torch::stable::contiguous(*given_gain);
   const int64_t gains = gain ? shape.parts : 0;
   const Tensor grad_in = new_images(saved, shape.channels, shape.channels_last);
   const Tensor grad_params = new_images(saved, 2 * shape.parts, shape.channels_last);
@@ -367,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor> image_gradients(const Tensor& given_upstream,
             for_blocks(cut, unit, in, out, scratch,
                        [&](int64_t place, int64_t count, const auto& from, const auto& to) {
                          const Block<Acc> block(cut, tables, place, count, to, scratch.gain);
-                         vectorised<T>([&](auto lanes) NM_INLINE {
+                         vectorized<T>([&](auto lanes) NM_INLINE {
                            using V = typename decltype(lanes)::type;
                            gradient_block<V, kInverse, kGain>(block, above, from, to, terms.data(), shape.shift_first,
                                                               Acc(shape.eps));

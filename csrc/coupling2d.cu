@@ -61,7 +61,7 @@ Images<T> write_images(const Tensor& tensor) {
   return {tensor.mutable_data_ptr<T>(), strides_of(tensor)};
 }
 
-// Whether neighbours in memory, a pack at a time, belong to one channel or one pixel, are changed or not together and
+// Whether neighbors in memory, a pack at a time, belong to one channel or one pixel, are changed or not together and
 // start at 16-byte boundaries in all of these.
 template <typename T, typename... I>
 bool in_packs(const Geometry& shape, I... images) {
@@ -202,12 +202,12 @@ __global__ void coupling2d_backward_kernel(Geometry shape, Images<const T> upstr
           if (shape.changes_pixel(shape.channels_last ? pixel : pixel + j)) {
             const CouplingScale<Acc> scale =
                 coupling_scale<kInverse, kGain>(s_raw[j], coupling_scale_ahead<kGain>(s_raw[j]), g[j], eps);
-            const CouplingGradients<Acc> found =
+            const CouplingGradients<Acc> terms =
                 coupling_gradients<kInverse>(grad[j], above, beside[j], scale, shape.shift_first);
-            grad[j] = found.input;
-            s_raw[j] = found.s_raw;
-            t[j] = found.t;
-            sums[j] += found.gain;
+            grad[j] = terms.input;
+            s_raw[j] = terms.s_raw;
+            t[j] = terms.t;
+            sums[j] += terms.gain;
           } else {
             s_raw[j] = t[j] = 0;
           }
@@ -226,21 +226,21 @@ __global__ void coupling2d_backward_kernel(Geometry shape, Images<const T> upstr
   }
   if constexpr (kGain) {
     __shared__ Acc block[kThreads * kCount];
-    Acc* const own = block + (threadIdx.y * blockDim.x + threadIdx.x) * kCount;
-    for (int j = 0; j < kCount; ++j) own[j] = sums[j];
+    Acc* const mine = block + (threadIdx.y * blockDim.x + threadIdx.x) * kCount;
+    for (int j = 0; j < kCount; ++j) mine[j] = sums[j];
     __syncthreads();
     for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
       if (threadIdx.y < half)
-        for (int j = 0; j < kCount; ++j) own[j] += own[half * blockDim.x * kCount + j];
+        for (int j = 0; j < kCount; ++j) mine[j] += mine[half * blockDim.x * kCount + j];
       __syncthreads();
     }
     if (threadIdx.y == 0 && changed) {
       Acc* const sum = partial + int64_t(blockIdx.y) * shape.parts + part;
       if (shape.channels_last) {
-        for (int j = 0; j < kCount; ++j) sum[j] = own[j];
+        for (int j = 0; j < kCount; ++j) sum[j] = mine[j];
       } else {
-        for (int j = 1; j < kCount; ++j) own[0] += own[j];
-        *sum = own[0];
+        for (int j = 1; j < kCount; ++j) mine[0] += mine[j];
+        *sum = mine[0];
       }
     }
   }

@@ -25,7 +25,7 @@ struct CouplingScale {
   V tanh_s;     // d log_scale / d gain; without a gain unused
 };
 
-// The part of the scale that can be made ahead of the rest: tanh(s_raw), or exp(-|s_raw + 2|).
+// The expensive part of the scale: tanh(s_raw) or exp(-|s_raw + 2|).
 template <bool kGain, typename V>
 NM_HD V coupling_scale_ahead(V s_raw) {
   if constexpr (kGain) return Math<V>::tanh(s_raw);
@@ -62,9 +62,8 @@ struct CouplingGradients {
   V input, s_raw, t, gain;  // `gain` is this element's term of a sum
 };
 
-// `saved` is the side of the layer that the scale is next to: y where the shift comes first, else x; and with gx and gy
-// the gradients of either side, d log_scale = gy y + dlogdet or gx x + dlogdet. The inverse has the same with a minus,
-// and no dlogdet.
+// `saved` is the side next to the scale: y if the shift comes first, else x. With the gradients gx and gy of the sides,
+// d log_scale = gy y + dlogdet or gx x + dlogdet; for the inverse negated and without dlogdet.
 template <bool kInverse, typename V>
 NM_HD CouplingGradients<V> coupling_gradients(V upstream, V grad_logdet, V saved, CouplingScale<V> scale,
                                               bool shift_first) {
@@ -75,8 +74,7 @@ NM_HD CouplingGradients<V> coupling_gradients(V upstream, V grad_logdet, V saved
   return {input, grad_s * scale.slope, kInverse ? -across : across, grad_s * scale.tanh_s};
 }
 
-// Where the values of a sample lie. Planar: channel by channel, as one dense row. Otherwise (channels-last) pixel by
-// pixel, `pixel` values apart.
+// A sample is one dense row, channel by channel (planar), or pixels `pixel` values apart (channels-last).
 struct ImageStrides {
   int64_t sample, pixel;
 };
@@ -132,8 +130,8 @@ struct ImageCoupling {
   }
 };
 
-// The ops of a backend, from what it does with a call's shapes: kMap and kInvert give the mapped images and the sums of
-// the log-scale, of which the inverse's are dropped; kGradients and kInverseGradients those of images, params and gain.
+// A backend's ops. kMap and kInvert return images and log-determinants (unused for the inverse); the gradients are
+// those of images, params and gain.
 template <auto kMap, auto kInvert, auto kGradients, auto kInverseGradients>
 struct Coupling2dOps {
   using Gain = std::optional<Tensor>;

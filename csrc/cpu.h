@@ -1,9 +1,6 @@
-// Vectors and threads for the CPU kernels.
-//
-// A kernel is written once over a vector type V and compiled for AVX-512, AVX2 and the baseline inside one
-// binary; vectorised() runs the best that this machine has. Vectors are the compiler's own (vector_size), so
-// that the code generated does not depend on the auto-vectoriser. double is only there for gradcheck: V =
-// double, one lane.
+// Vectors and threads for the CPU kernels. A kernel is written once over a vector type V and compiled for AVX-512, AVX2
+// and the baseline; vectorized() runs the best one the machine supports. Vectors are the compiler's (vector_size), so
+// the code does not depend on the auto-vectorizer. double is there for gradcheck only, with one lane.
 #pragma once
 
 #include <algorithm>
@@ -117,7 +114,7 @@ template <typename V, typename T>
 NM_HD V load(const T* p) {
   if constexpr (std::is_same_v<V, double>) {
     return *p;
-  } else if constexpr (std::is_same_v<T, float>) {
+  } else if constexpr (std::is_floating_point_v<T>) {
     V v;
     memcpy(&v, p, sizeof(V));
     return v;
@@ -143,7 +140,7 @@ NM_HD V load(const T* p) {
 // What store() writes for v: values of T, side by side.
 template <typename T, typename V>
 NM_HD auto as_stored(V v) {
-  if constexpr (std::is_same_v<V, double> || std::is_same_v<T, float>) {
+  if constexpr (std::is_floating_point_v<T>) {
     return v;
   } else {
     using Types = VectorTypes<kLanes<V>>;
@@ -171,9 +168,9 @@ NM_HD void store(T* p, V v) {
   memcpy(static_cast<void*>(p), &stored, sizeof(stored));
 }
 
-// store() past the caches, for results that no cache would hold until they are read: the line written to is not read
-// first, which is a quarter of a coupling's traffic. p must be aligned to what is stored. Whoever has streamed ends
-// with stream_fence(). (In assembly, because the compiler's builtins are those of one instruction set.)
+// store() bypassing the caches, for results too large to stay there: it saves reading the line first, a quarter of a
+// coupling's traffic. p must be aligned to the vector; call stream_fence() at the end. In assembly, since the
+// compiler's builtins belong to one instruction set.
 template <typename V, typename T>
 NM_HD void stream(T* p, V v) {
   const auto stored = as_stored<T>(v);
@@ -213,7 +210,7 @@ NM_HD void store_first(T* p, V v, int64_t n) {
   memcpy(p, buffer, n * sizeof(T));
 }
 
-// Calls f(column, load, store) over [begin, end) in whole vectors and one partial vector at the end; they are called as
+// Calls f(column, load, store) over [begin, end) in whole vectors and one partial vector at the end, where f may call
 // load(pointer) and store(pointer, value), or store(pointer, value, true) to stream.
 template <typename V, typename F>
 NM_HD void for_columns(int64_t begin, int64_t end, const F& f) {
@@ -261,8 +258,7 @@ NM_HD V fold_blocks(V a, V b, std::integer_sequence<int, Lane...>) {
          __builtin_shufflevector(a, b, (Lane % B < B / 2 ? Lane + B / 2 : L + Lane)...);
 }
 
-// The sums of the lanes of as many vectors as there are lanes: lane i is that of v[i]. With fewer operations than one
-// horizontal_sum after the other.
+// Lane i is the sum of the lanes of v[i]; fewer operations than a horizontal_sum for each.
 template <typename V, int B = kLanes<V>>
 NM_HD V lanes_sums(V* v) {
   if constexpr (B == 1) {
@@ -274,20 +270,27 @@ NM_HD V lanes_sums(V* v) {
   }
 }
 
-// The same in double: what the lanes' sums lose by cancelling is not lost twice.
+// A vector's lanes as doubles.
+template <typename V>
+struct Doubles {
+  typedef double type __attribute__((vector_size(2 * sizeof(V))));
+  static NM_HD type of(V v) { return __builtin_convertvector(v, type); }
+  static NM_HD V rounded(type v) { return __builtin_convertvector(v, V); }
+};
+template <>
+struct Doubles<double> {
+  using type = double;
+  static NM_HD double of(double v) { return v; }
+  static NM_HD double rounded(double v) { return v; }
+};
+
+// The sum of the lanes in double: what they lose by cancelling is not lost twice.
 template <typename V>
 NM_HD double exact_sum(V v) {
-  if constexpr (std::is_same_v<V, double>) {
-    return v;
-  } else {
-    typedef double Doubles __attribute__((vector_size(2 * sizeof(V))));
-    const Doubles wide = __builtin_convertvector(v, Doubles);
-    return halves_sum<2 * sizeof(V)>(wide);
-  }
+  return horizontal_sum(Doubles<V>::of(v));
 }
 
-// The sum over [0, width) of f(column, load, store), a vector of terms: in vectors over blocks, the blocks in
-// double.
+// The sum over [0, width) of f(column, load, store), a vector of terms: blocks in float, their sums in double.
 template <typename V, typename F>
 NM_HD double blocked_sum(int64_t width, const F& f) {
   constexpr int64_t kBlock = 16 * kLanes<V>;
@@ -299,6 +302,12 @@ NM_HD double blocked_sum(int64_t width, const F& f) {
     total += exact_sum(sum);
   }
   return total;
+}
+
+// Widths are filled up with zeros to whole vectors of any instruction set.
+constexpr int64_t kPad = 16;
+inline int64_t padded(int64_t width) {
+  return (width + kPad - 1) / kPad * kPad;
 }
 
 // ---- instruction sets ---------------------------------------------------------------------------------------------
@@ -322,10 +331,10 @@ __attribute__((target("avx2,fma,f16c,bmi2"))) void run_avx2(const F& f) {
 }
 #endif
 
-// Calls f(Lanes<V>{}) with the widest V for values of type T. f must be an always_inline lambda: inlined into
-// one of the functions above it is compiled for their instruction set.
+// Calls f(Lanes<V>{}) with the widest V for values of type T. f must be an always_inline lambda, so that it is compiled
+// for the instruction set of the function above that calls it.
 template <typename T, typename F>
-void vectorised(const F& f) {
+void vectorized(const F& f) {
   if constexpr (std::is_same_v<T, double>) {
     f(Lanes<double>{});
   } else {
@@ -345,14 +354,14 @@ void vectorised(const F& f) {
 
 // ---- tensors and threads ------------------------------------------------------------------------------------------
 
-// Whether rows that a kernel writes should be streamed: too many for any cache, and aligned for every vector.
+// Whether to stream the rows a kernel writes: too many for any cache, and aligned for every vector.
 template <typename T>
 bool should_stream(int64_t rows, int64_t width, Rows<T> out) {
   return rows * width * int64_t(sizeof(T)) > last_level_cache() / 2 &&
          reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && out.stride * sizeof(T) % 64 == 0;
 }
 
-// f(begin, end) over [0, rows) on all threads, each with enough work to pay for waking it.
+// f(begin, end) over [0, rows) on as many threads as the work pays for.
 template <typename F>
 void parallel_rows(int64_t rows, int64_t work_per_row, const F& f) {
   constexpr int64_t kWork = 16384;
@@ -370,8 +379,8 @@ void sum_parts(const std::vector<double>& partial, int64_t outputs, int64_t stri
   }
 }
 
-// Rows cut into chunks for sums over rows: each chunk is summed by one thread, then the chunks in order. The
-// cut depends on the sizes alone, never on the number of threads, so the sum has the same bits on every run.
+// Sums over rows: one thread sums each chunk, then the chunks are summed in order. The chunks depend on the sizes
+// alone, not on the number of threads, so every run gives the same bits.
 struct Chunks {
   int64_t total, rows, count;
   Chunks(int64_t total, int64_t at_least, int64_t at_most)

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: 16-byte accesses along rows, sums over threads, and the second stage of sums that
-// are made in parts. All sums are added up in an order that follows from the sizes alone.
+// What the CUDA kernels share: 16-byte accesses along rows, sums over threads, and the second stage of partial sums.
+// The order of every sum depends on the sizes alone.
 #pragma once
 
 #include "tensors.h"
@@ -51,9 +51,8 @@ __device__ __forceinline__ void load_padded(const T* row, int64_t column, int64_
   }
 }
 
-// Calls each(Count<n>, column) for [0, length) of a row that starts at `first`, shared among kThreads threads: single
-// values up to the first 16-byte boundary, whole packs, and the single values left over; only single ones where
-// `packed` is false.
+// Calls each(Count<n>, column) for [0, length) of a row that starts at `first`, shared among kThreads threads: whole
+// packs between 16-byte boundaries, single values elsewhere, or single values only where `packed` is false.
 template <int kThreads, typename T, typename F>
 __device__ __forceinline__ void for_values(const T* first, int64_t length, bool packed, int thread, const F& each) {
   constexpr int kSize = Pack<T>::kSize;
@@ -65,7 +64,7 @@ __device__ __forceinline__ void for_values(const T* first, int64_t length, bool 
   for (int64_t i = thread; i < singles; i += kThreads) each(Count<1>{}, i < head ? i : i + packs * kSize);
 }
 
-// Whether the rows of all these lie alike with respect to 16-byte boundaries, as for_values asks of what it is used on.
+// Whether corresponding rows have the same offset from a 16-byte boundary, as for_values requires.
 template <typename T, typename... Others>
 bool lie_alike(int64_t rows, Rows<T> first, Others... others) {
   const auto alike = [&](auto other) {
@@ -85,7 +84,7 @@ bool all_aligned(int64_t rows, R... matrices) {
   return (aligned(matrices) && ...);
 }
 
-// The sum over groups of kThreads neighbouring lanes, in each of them.
+// The sum over groups of kThreads neighboring lanes, in each of them.
 template <int kThreads, typename Acc>
 __device__ __forceinline__ Acc lanes_sum(Acc sum) {
   for (int offset = kThreads / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);

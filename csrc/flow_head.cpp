@@ -3,7 +3,6 @@
 #include "flow_head_cpu.h"
 
 namespace normatch {
-namespace {
 
 // keep[r][u]: 1 / (1 - dropout) where unit u of row r is kept, else 0
 template <typename Acc>
@@ -19,13 +18,11 @@ NM_HD void draw_dropout(const Dropout& dropout, int64_t first_row, int64_t rows,
   }
 }
 
-}  // namespace
-
 template <typename Acc>
 __attribute__((noinline)) void run_network(const Shape& shape, const CouplingLayout& at, const Acc* p,
                                            const Dropout& dropout, int64_t row, int64_t j, const Acc* kept,
                                            Activations<Acc>& tile) {
-  vectorised<Acc>([&](auto lanes) NM_INLINE {
+  vectorized<Acc>([&](auto lanes) NM_INLINE {
     using V = typename decltype(lanes)::type;
     const int64_t hp = shape.hidden_pad, width = shape.half_pad[1 - j % 2];
     Acc *const hidden0 = tile.hidden0.data(), *const hidden1 = tile.hidden1.data(), *const affine = tile.affine.data();
@@ -56,10 +53,8 @@ __attribute__((noinline)) void run_network(const Shape& shape, const CouplingLay
   });
 }
 
-template void run_network(const Shape&, const CouplingLayout&, const float*, const Dropout&, int64_t, int64_t,
-                          const float*, Activations<float>&);
-template void run_network(const Shape&, const CouplingLayout&, const double*, const Dropout&, int64_t, int64_t,
-                          const double*, Activations<double>&);
+template decltype(run_network<float>) run_network<float>;
+template decltype(run_network<double>) run_network<double>;
 
 namespace {
 
@@ -108,10 +103,10 @@ FlowHeadResults forward(const Shape& shape, const Tensor& x, const std::vector<T
   const Tensor dense_means = dense_rows(means);
   const auto mu = read_rows<Acc>(dense_means);
   const int64_t kp = shape.classes_pad, rows = x.size(0);
-  Scratch<Acc> centres(shape.features * kp);
-  std::fill_n(centres.data(), shape.features * kp, Acc(0));
+  Scratch<Acc> centers(shape.features * kp);
+  std::fill_n(centers.data(), shape.features * kp, Acc(0));
   for (int64_t k = 0; k < shape.classes; ++k)
-    for (int64_t d = 0; d < shape.features; ++d) centres[d * kp + k] = mu[k][d];
+    for (int64_t d = 0; d < shape.features; ++d) centers[d * kp + k] = mu[k][d];
   Acc* const out_logdet = logdet.template mutable_data_ptr<Acc>();
   Acc* const out_classes = class_log_prob.template mutable_data_ptr<Acc>();
   Acc* const out_log_prob = log_prob.template mutable_data_ptr<Acc>();
@@ -123,7 +118,7 @@ FlowHeadResults forward(const Shape& shape, const Tensor& x, const std::vector<T
     Scratch<Acc> scores_memory(kTileRows * kp);
     Acc* const scores = scores_memory.data();
     double sums[kTileRows];
-    vectorised<Acc>([&](auto lanes) NM_INLINE {
+    vectorized<Acc>([&](auto lanes) NM_INLINE {
       using V = typename decltype(lanes)::type;
       for (int64_t first = begin * kTileRows; first < std::min(end * kTileRows, rows); first += kTileRows) {
         const int64_t here = std::min(kTileRows, rows - first);
@@ -142,9 +137,9 @@ FlowHeadResults forward(const Shape& shape, const Tensor& x, const std::vector<T
             sums[r] += blocked_sum<V>(width, [&](int64_t d, const auto&, const auto&) NM_INLINE {
               using D = Doubles<V>;
               double* const exact = state.exact.data() + begin_changed + d;
-              const auto y = (load_doubles<typename D::type>(exact) + D::of(load<V>(affine + width + d))) *
+              const auto y = (load<typename D::type>(exact) + D::of(load<V>(affine + width + d))) *
                              D::of(load<V>(affine + 2 * width + d));
-              memcpy(exact, &y, sizeof(y));
+              store(exact, y);
               store<V>(state.rounded.data() + begin_changed + d, D::rounded(y));
               return load<V>(p + at.gain + d) * load<V>(affine + d);
             });
@@ -157,9 +152,9 @@ FlowHeadResults forward(const Shape& shape, const Tensor& x, const std::vector<T
         for (int64_t r = 0; r < kTileRows; r += R) {
           int64_t k = 0;
           for (; k + 2 * kLanes<V> <= kp; k += 2 * kLanes<V>)
-            distances<V, R, 2>(shape, state.rounded.data() + r * shape.row, centres.data() + k, scores + r * kp + k);
+            distances<V, R, 2>(shape, state.rounded.data() + r * shape.row, centers.data() + k, scores + r * kp + k);
           for (; k < kp; k += kLanes<V>)
-            distances<V, R, 1>(shape, state.rounded.data() + r * shape.row, centres.data() + k, scores + r * kp + k);
+            distances<V, R, 1>(shape, state.rounded.data() + r * shape.row, centers.data() + k, scores + r * kp + k);
         }
         for (int64_t r = 0; r < here; ++r) {
           Acc* const row = scores + r * kp;

@@ -1,5 +1,4 @@
-// The flow head's layout, shared by both backends: which half a coupling changes, where its parameters stand, and
-// the dropout that forward and backward draw alike.
+// What both backends of the flow head share: which half a coupling changes, the order of its parameters, the dropout.
 #pragma once
 
 #include <optional>
@@ -11,7 +10,7 @@
 
 namespace normatch {
 
-// A coupling's parameters, in the order in which the op takes them.
+// A coupling's parameters in the op's order.
 enum CouplingTensor : int { kWeight0, kBias0, kWeight1, kBias1, kWeight2, kBias2, kGain, kCouplingTensors };
 
 // Coupling j keeps half j % 2 of the features, [0, D / 2) or [D / 2, D), and changes the other one.

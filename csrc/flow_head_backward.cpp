@@ -88,16 +88,16 @@ NM_HD void coupling_backward(const Shape& shape, const CouplingLayout& at, const
       const V tanh_s = load<V>(affine + r * 3 * width + d), t = load<V>(affine + r * 3 * width + width + d);
       const V factor = load<V>(affine + r * 3 * width + 2 * width + d);
       const V y = load<V>(state.rounded.data() + here), grad_y = load<V>(grad_out + r * shape.row + d);
-      const auto found = affine_gradients(V(grad_y * factor), V(grad_y * y + grad_logdet[r]), tanh_s, gain);
-      const auto x = load_doubles<typename D::type>(state.exact.data() + here) / D::of(factor) - D::of(t);
-      memcpy(state.exact.data() + here, &x, sizeof(x));
+      const auto terms = affine_gradients(V(grad_y * factor), V(grad_y * y + grad_logdet[r]), tanh_s, gain);
+      const auto x = load<typename D::type>(state.exact.data() + here) / D::of(factor) - D::of(t);
+      store(state.exact.data() + here, x);
       store<V>(state.rounded.data() + here, D::rounded(x));
-      store<V>(grad_out + r * shape.row + d, found.input);
-      store<V>(grad_affine + r * 2 * width + d, found.s_raw);
-      store<V>(grad_affine + r * 2 * width + width + d, found.input);
-      gain_sum += found.gain;
-      s_sum += found.s_raw;
-      t_sum += found.input;
+      store<V>(grad_out + r * shape.row + d, terms.input);
+      store<V>(grad_affine + r * 2 * width + d, terms.s_raw);
+      store<V>(grad_affine + r * 2 * width + width + d, terms.input);
+      gain_sum += terms.gain;
+      s_sum += terms.s_raw;
+      t_sum += terms.input;
     }
     accumulate<V>(grads + at.gain + d, gain_sum);
     accumulate<V>(grads + at.bias[2] + d, s_sum);
@@ -178,7 +178,7 @@ class Gradients {
   // Adds up the chunks, in order.
   void sum(const Acc* partial, int64_t chunks) const {
     parallel_rows(segments.size(), 32 * chunks, [&](int64_t begin, int64_t end) {
-      vectorised<Acc>([&](auto lanes) NM_INLINE {
+      vectorized<Acc>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
         for (int64_t i = begin; i < end; ++i) {
           const Segment<Acc> segment = segments[i];
@@ -304,7 +304,7 @@ FlowHeadGradients backward(const Shape& shape, const std::optional<Tensor>& grad
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       Acc* const sums = partial.data() + chunk * gradients.size;
       std::fill_n(sums, gradients.size, Acc(0));
-      vectorised<Acc>([&](auto lanes) NM_INLINE {
+      vectorized<Acc>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
         for (int64_t first = chunks.begin(chunk); first < chunks.end(chunk); first += kTileRows) {
           const int64_t here = std::min(kTileRows, chunks.end(chunk) - first);

@@ -1,13 +1,11 @@
-// The whole flow head on the CPU: couplings with their networks, log-determinant and mixture in one pass over tiles of
-// rows whose state stays in the first-level cache. Matrices are read row by row with features in the vector's lanes,
-// so that every product is broadcast x vector, forward, backward and for the weights' gradients alike.
+// The flow head on the CPU: couplings, log-determinant and mixture in one pass over tiles of rows whose state stays in
+// the L1 cache. Features are in the vector's lanes, so every product, gradients included, is broadcast x vector.
 //
-// Backward rebuilds each coupling's input from its output, so that nothing is kept of the couplings, whatever their
-// number. In float32 alone that would lose digits at every coupling, and twenty of them can lose all. So the state is
-// carried in double and saved so, while the networks see it rounded to float: the rebuilt state rounds to the same
-// floats, hence to the same networks' results, and the error stays at the rounding of the doubles.
+// Backward rebuilds each coupling's input from its output, so memory does not grow with their number. In float32 that
+// loses digits at every coupling; twenty can lose all. The state is therefore carried and saved in double, and the
+// networks see it rounded to float: the rebuilt state rounds to the same floats, so the networks return the same bits.
 //
-// FLOP for a row: 2 W + 3 K D forward and 8 W + 6 K D backward, W being the number of weights.
+// FLOP per row: 2 W + 3 K D forward and 8 W + 6 K D backward, with W weights.
 #pragma once
 
 #include <limits>
@@ -19,11 +17,6 @@
 namespace normatch {
 
 constexpr int64_t kTileRows = 32;
-constexpr int64_t kPad = 16;  // widths are filled up with zeros to whole vectors of any instruction set
-
-inline int64_t padded(int64_t width) {
-  return (width + kPad - 1) / kPad * kPad;
-}
 
 // Uninitialized memory, aligned for vectors.
 template <typename Acc>
@@ -60,8 +53,7 @@ struct Shape {
   int64_t offset(int which) const { return which ? half_pad[0] : 0; }  // of a half in the state's row
 };
 
-// Where the parts of a coupling stand in memory, filled up: the parameters in the layout of their gradients, and the
-// matrices' transposes behind them.
+// The offsets of a coupling's padded parameters, in the layout of their gradients, then of the transposed matrices.
 struct CouplingLayout {
   int64_t weight[3], bias[3], gain, gradients, transposed[3], size;
 
@@ -85,7 +77,7 @@ struct CouplingLayout {
   }
 };
 
-// All parameters, filled up with zeros; `both`: the matrices as they are, too, which forward has no use for.
+// All parameters, padded with zeros; `both`: also the untransposed matrices, which only backward needs.
 template <typename Acc>
 class Network {
  public:
@@ -204,28 +196,7 @@ template <typename Acc>
 void run_network(const Shape& shape, const CouplingLayout& at, const Acc* p, const Dropout& dropout, int64_t row,
                  int64_t j, const Acc* kept, Activations<Acc>& tile);
 
-// A vector's lanes as doubles.
-template <typename V>
-struct Doubles {
-  typedef double type __attribute__((vector_size(2 * sizeof(V))));
-  static NM_HD type of(V v) { return __builtin_convertvector(v, type); }
-  static NM_HD V rounded(type v) { return __builtin_convertvector(v, V); }
-};
-template <>
-struct Doubles<double> {
-  using type = double;
-  static NM_HD double of(double v) { return v; }
-  static NM_HD double rounded(double v) { return v; }
-};
-
-template <typename D>
-NM_HD D load_doubles(const double* p) {
-  D v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-// Calls f(Type<T>{}) for a tensor of x's type beside the accumulator's.
+// Calls f(Type<T>{}) with the type of a tensor that is summed in Acc.
 template <typename Acc, typename F>
 NM_HD void dispatch_tile(ScalarType type, const F& f) {
   if constexpr (std::is_same_v<Acc, double>) {
@@ -237,8 +208,8 @@ NM_HD void dispatch_tile(ScalarType type, const F& f) {
   }
 }
 
-// Rows of a (N, D) tensor to the tile's halves. Those past the end repeat the last one: their values stay as tame as
-// its own, and their gradients are zero.
+// Reads rows of an (N, D) tensor into the tile's halves. Rows past the end repeat the last one, which keeps them
+// finite; their gradients are zero.
 template <typename V, typename Acc>
 NM_HD void read_tile(const Shape& shape, const Tensor& tensor, int64_t first, int64_t rows, Acc* tile) {
   std::fill_n(tile, kTileRows * shape.row, Acc(0));

@@ -1,17 +1,14 @@
-// The whole flow head on the GPU: one launch forward, two backward.
+// The flow head on the GPU: one launch forward, two backward.
 //
-// A block carries a few rows through all couplings: their state stays in shared memory, in double as on the CPU, so
-// that backward can rebuild each coupling's input from its output (see flow_head.cpp). The networks see it rounded to
-// Acc. Each of their sums is shared by a group of 8 lanes in an order that follows from its length alone, so that
-// forward and backward find the same bits however they cut the rows. The weights of a coupling lie in shared memory;
-// as soon as a layer's are no longer needed, the next coupling's are on their way to the same place. Where a coupling
-// does not fit, weights are read from where they are.
+// A block carries a few rows through all couplings. Their state stays in shared memory, in double, so that backward can
+// rebuild each coupling's input from its output (see flow_head_cpu.h); the networks see it rounded to Acc. A group of 8
+// lanes shares each of their sums, in an order that depends on its length alone, so forward and backward get the same
+// bits however they cut the rows. A coupling's weights are prefetched to shared memory, layer by layer as the previous
+// coupling's are done with; where they do not fit, they are read from global memory.
 //
-// Backward: a block takes the tiles of a chunk of rows and adds up the gradients of all parameters in its own part of
-// a workspace; a second launch adds up the parts, in order.
-//
-// With W the number of weights, FLOP for a row: 2 W + 3 K D forward, 8 W + 6 K D backward. Each tile of rows reads all
-// weights once forward, twice backward, from the second-level cache.
+// Backward: a block sums the gradients of all parameters over a chunk of rows in its part of a workspace; a second
+// launch adds up the parts, in order. FLOP per row, with W weights: 2 W + 3 K D forward, 8 W + 6 K D backward. Each
+// tile of rows reads all weights from the L2 cache, once forward and twice backward.
 #pragma once
 
 #include "affine_coupling.h"
@@ -47,27 +44,27 @@ struct AnyRows {
   int64_t stride;
   ScalarType type;
 
+  template <typename T>
+  __device__ T& at(int64_t row, int64_t column) const {
+    return static_cast<T*>(data)[row * stride + column];
+  }
   template <typename Acc>
   __device__ Acc get(int64_t row, int64_t column) const {
-    const int64_t i = row * stride + column;
-    if constexpr (sizeof(Acc) == 8) return static_cast<const double*>(data)[i];
-    if (type == ScalarType::BFloat16) return Acc(static_cast<const BFloat16*>(data)[i]);
-    if (type == ScalarType::Half) return Acc(static_cast<const Half*>(data)[i]);
-    return Acc(static_cast<const float*>(data)[i]);
+    if constexpr (sizeof(Acc) == 8) return at<double>(row, column);
+    if (type == ScalarType::BFloat16) return Acc(at<BFloat16>(row, column));
+    if (type == ScalarType::Half) return Acc(at<Half>(row, column));
+    return Acc(at<float>(row, column));
   }
   template <typename Acc>
   __device__ void set(int64_t row, int64_t column, Acc value) const {
-    const int64_t i = row * stride + column;
-    if constexpr (sizeof(Acc) == 8) {
-      static_cast<double*>(data)[i] = value;
-    } else {
-      if (type == ScalarType::BFloat16)
-        static_cast<BFloat16*>(data)[i] = BFloat16(value);
-      else if (type == ScalarType::Half)
-        static_cast<Half*>(data)[i] = Half(value);
-      else
-        static_cast<float*>(data)[i] = value;
-    }
+    if constexpr (sizeof(Acc) == 8)
+      at<double>(row, column) = value;
+    else if (type == ScalarType::BFloat16)
+      at<BFloat16>(row, column) = BFloat16(value);
+    else if (type == ScalarType::Half)
+      at<Half>(row, column) = Half(value);
+    else
+      at<float>(row, column) = value;
   }
 };
 

@@ -92,14 +92,14 @@ struct LogProb {
     }
     const auto points = read_rows<T>(z);
     const auto mu = read_rows<Acc>(means);
-    const int64_t padded = whole_vectors(width, 16);
+    const int64_t padded = normatch::padded(width);
     std::vector<Acc> padded_means(classes * padded);
     for (int64_t k = 0; k < classes; ++k) std::copy_n(mu[k], width, &padded_means[k * padded]);
 
     const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
     parallel_rows(tiles, kRowTile * width * classes, [&](int64_t begin, int64_t end) {
       std::vector<Acc> tile(kRowTile * padded);
-      vectorised<T>([&](auto lanes) NM_INLINE {
+      vectorized<T>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
         for (int64_t i = begin * kRowTile; i < std::min(end * kRowTile, rows); i += kRowTile) {
           const int64_t here = std::min<int64_t>(kRowTile, rows - i);

@@ -1,7 +1,7 @@
 // Gaussian-mixture log-likelihood on the GPU, with direct differences z - mu throughout.
-// Forward: 3 FLOP for each of N K D; reads N D + K D values, writes N K (and, for the posterior, 3 N).
-//   Up to 16 classes: the means in shared memory, 8 threads a row, the sums of all classes in registers, so that z is
-//   read once. More classes: tiles of 32 rows x 32 classes, both operands through shared memory 64 columns at a time.
+// 3 FLOP for each of N K D; reads N D + K D values, writes N K (and 3 N for the posterior). Up to 16 classes: the means
+// in shared memory, 8 threads per row, all classes' sums in registers, so z is read once. More classes: tiles of 32
+// rows x 32 classes, both operands through shared memory 64 columns at a time.
 #include "gmm_log_prob_cuda.h"
 
 namespace normatch {
@@ -17,20 +17,17 @@ struct Posterior {
   int label = 0;
 
   __device__ void add(Acc value, int k) { add({value, Acc(1), k}); }
-  __device__ void add(const Posterior& other) {
-    const bool above = !(other.top <= top) && top == top;  // a NaN stays on top
-    if (above || (other.top == top && other.label < label)) label = other.label;
-    const Acc higher = above ? other.top : top;
+  __device__ void add(const Posterior& more) {
+    const bool above = !(more.top <= top) && top == top;  // a NaN stays on top
+    if (above || (more.top == top && more.label < label)) label = more.label;
+    const Acc higher = above ? more.top : top;
     if (higher == -INFINITY) return;
-    sum = sum * Math<Acc>::exp(top - higher) + other.sum * Math<Acc>::exp(other.top - higher);
+    sum = sum * Math<Acc>::exp(top - higher) + more.sum * Math<Acc>::exp(more.top - higher);
     top = higher;
   }
   __device__ Posterior from_lane_across(int mask) const {
-    Posterior other;
-    other.top = __shfl_xor_sync(kFullWarp, top, mask);
-    other.sum = __shfl_xor_sync(kFullWarp, sum, mask);
-    other.label = __shfl_xor_sync(kFullWarp, label, mask);
-    return other;
+    return {__shfl_xor_sync(kFullWarp, top, mask), __shfl_xor_sync(kFullWarp, sum, mask),
+            __shfl_xor_sync(kFullWarp, label, mask)};
   }
   __device__ void write(const MixtureOutputs<Acc>& out, int64_t row) const {
     out.log_prob[row] = top + Math<Acc>::log(sum);
@@ -45,7 +42,7 @@ constexpr int kGroups = kThreads / kGroup;
 template <typename Acc>
 constexpr int kStaged = 2048 / sizeof(Acc);  // columns of the means that shared memory holds at a time
 
-// kRows rows for each group of threads at a time; more than one only where the means are staged whole.
+// kRows rows per group of threads; more than one only if all columns of the means are staged at once.
 template <bool kPosterior, int kRows, typename T>
 __global__ void gmm_few_classes_kernel(Rows<const T> z, Rows<const acc_t<T>> means, Mixture<acc_t<T>> mixture,
                                        int64_t rows, int64_t width, bool packed, MixtureOutputs<acc_t<T>> out) {

@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
   const Tensor dense_grad = dense_rows(grad), dense_z = dense_rows(z), dense_means = dense_rows(means);
   const Tensor grad_z = new_like(z), grad_means = new_like(means), grad_rho = new_like(rho);
   const Tensor grad_logits = new_like(logits);
-  const int64_t padded = whole_vectors(width, 16);
-  // Each chunk has its own copy of the means' gradient: as many chunks as 64 MB of floats allow, at least 8.
+  const int64_t padded = normatch::padded(width);
+  // Each chunk has its own copy of the means' gradient: as many as the workspace allows, at least 8.
   const Chunks chunks(rows, 64, std::clamp<int64_t>(kWorkspace / (classes * padded), 8, 64));
 
   dispatch(z.scalar_type(), [&](auto type) {
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
     std::vector<Acc> partial(chunks.count * classes * padded);
     std::vector<double> scatter(chunks.count * classes), total(chunks.count * classes);
 
-    vectorised<T>([&](auto widest) {  // only to learn the number of lanes, for the layout
+    vectorized<T>([&](auto widest) {  // only to learn the number of lanes, for the layout
       constexpr int64_t L = kLanes<typename decltype(widest)::type>;
       std::vector<Acc> packed(classes * padded);
       for (int64_t k = 0; k < classes; ++k)
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
         Scratch<Acc> scratch(classes, padded, L);
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           Acc* const sums = &partial[chunk * classes * padded];
-          vectorised<T>([&](auto lanes) NM_INLINE {
+          vectorized<T>([&](auto lanes) NM_INLINE {
             using V = typename decltype(lanes)::type;
             for (int64_t first = chunks.begin(chunk); first < chunks.end(chunk); first += kBlockRows) {
               const int64_t last = std::min(first + kBlockRows, chunks.end(chunk));

@@ -42,17 +42,17 @@ __global__ void gmm_means_kernel(Rows<const acc_t<T>> grad, Rows<const T> z, Row
   Acc mu[kFew], grad_mu[kFew] = {}, scatter[kFew] = {};
   for (int k = 0; k < kFew; ++k) mu[k] = k < classes && column < width ? means[first_class + k][column] : Acc(0);
   // The gradients are staged so that a thread meets one class only, and adds them up on the way.
-  const int own = threadIdx.x % kFew;
-  const Acc precision = kPoints && own < classes ? mixture.precision(own) : Acc(0);
+  const int slot = threadIdx.x % kFew;
+  const Acc precision = kPoints && slot < classes ? mixture.precision(slot) : Acc(0);
   Acc total = 0;
 
   for (int64_t first = chunk * rows_per_chunk; first < end; first += kStagedRows) {
     const int here = int(min(int64_t(kStagedRows), end - first));
     __syncthreads();
     for (int r = threadIdx.x / kFew; r < kStagedRows; r += kThreads / kFew) {
-      const Acc value = r < here && own < classes ? grad[first + r][first_class + own] : Acc(0);
-      g[r][own / kPart].values[own % kPart] = value;
-      if (kPoints) w[r][own / kPart].values[own % kPart] = value * precision;
+      const Acc value = r < here && slot < classes ? grad[first + r][first_class + slot] : Acc(0);
+      g[r][slot / kPart].values[slot % kPart] = value;
+      if (kPoints) w[r][slot / kPart].values[slot % kPart] = value * precision;
       total += value;
     }
     __syncthreads();
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_log_prob_backward(const Tensor& g
   const Tensor dense_rho = torch::stable::contiguous(rho), dense_logits = torch::stable::contiguous(logits);
   const int64_t column_tiles = (width + kThreads - 1) / kThreads, class_tiles = (classes + kFew - 1) / kFew;
   STD_TORCH_CHECK(class_tiles <= 65535 && column_tiles <= 65535, "gmm_log_prob: too many classes or features");
-  // Each chunk has its own copy of the means' gradient: as many as fill the machine and 64 MB of floats allow.
+  // Each chunk has its slot copy of the means' gradient: as many as fill the machine and the workspace allows.
   const int64_t most =
       std::max<int64_t>(8, std::min(2048 / (column_tiles * class_tiles), kWorkspace / (classes * width)));
   const int64_t rows_per_chunk = std::max<int64_t>(2 * kStagedRows, (rows + most - 1) / most);

@@ -9,10 +9,6 @@ namespace normatch {
 constexpr int kRowTile = 8;
 constexpr int64_t kStretch = 16;  // vectors added up in one go in a distance
 
-inline int64_t whole_vectors(int64_t width, int64_t lanes) {
-  return (width + lanes - 1) / lanes * lanes;
-}
-
 // Rows of z as accumulator values, filled up to `padded` columns with zeros.
 template <typename V, typename T, typename Acc>
 NM_HD void convert_rows(const Rows<const T>& z, int64_t first, int64_t rows, int64_t width, int64_t padded, Acc* out) {

@@ -17,7 +17,7 @@ Tensor logdet(const Tensor& log_scale) {
     const auto in = read_rows<T>(dense);
     const int64_t length = (width + pieces - 1) / pieces;
     parallel_rows(rows * pieces, length, [&](int64_t begin, int64_t end) {
-      vectorised<T>([&](auto lanes) NM_INLINE {
+      vectorized<T>([&](auto lanes) NM_INLINE {
         using V = typename decltype(lanes)::type;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t first = i % pieces * length;

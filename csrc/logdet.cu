@@ -1,7 +1,6 @@
-// Row sums on the GPU: one read of the input, one addition an element.
-// Short rows: a warp each. Long rows: a block of 256 threads each; few and very long ones are cut into
-// pieces, summed by the same kernel in a second launch. Every thread adds up 16 bytes at a time in separate
-// sums; the order of all additions follows from the sizes, so the same input gives the same bits.
+// Row sums on the GPU: one read and one addition per element. A warp per short row, a block of 256 threads per long
+// one; few and very long rows are cut into pieces, which the same kernel sums in a second launch. The order of all
+// additions depends on the sizes and the alignment alone, so the same input gives the same bits.
 #include "logdet.h"
 
 #include "cuda.h"
@@ -11,8 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// This thread's share of values[0, length): single values up to the first 16-byte boundary, then whole packs,
-// then the single values left over.
+// A thread's share of values[0, length): single values up to a 16-byte boundary, whole packs, single values again.
 template <int kThreadsPerRow, typename T>
 __device__ __forceinline__ acc_t<T> thread_sum(const T* values, int64_t length, int thread) {
   using Acc = acc_t<T>;

@@ -18,7 +18,7 @@ int64_t launches();
 }  // namespace emulator
 #endif
 
-// What of the kernels' limits Python checks; what is missing is unlimited.
+// A limit that is missing does not apply.
 static py::dict limits() {
   using namespace normatch;
   using namespace py::literals;

@@ -1,5 +1,5 @@
-// Every op's schema, once. The kernels are in <stem>.cpp and <stem>.cu; fake kernels and gradients are in
-// normatch/ops.py. All ops are functional: no argument is written to.
+// All schemas. An op's kernels are in <op>.cpp and <op>.cu, gradients of some in <op>_backward.*; fake kernels and
+// autograd in normatch/ops. All ops are functional.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(normatch, m) {

@@ -1,6 +1,6 @@
-// What the CPU and the CUDA sources share: inlining, elementary functions, 16-byte packs and the one way to
-// launch a kernel. The .cu files also compile as plain C++ (NM_EMULATE, see tests/emulator), which is why
-// nothing outside this header may spell <<<...>>>, extern __shared__ or PTX.
+// What CPU and CUDA sources share: inlining, elementary functions, 16-byte packs and kernel launches. The .cu files
+// also compile as plain C++ (NM_EMULATE, see tests/emulator), so only this header may use <<<...>>>, extern __shared__
+// or PTX.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -26,8 +26,8 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-// Elementary functions by number type. A template so that the element maths of <stem>.h is written once for a
-// CUDA thread (float, double) and for a CPU vector (specialised in cpu.h).
+// Elementary functions by number type. A template so that the element math of <stem>.h is written once for a
+// CUDA thread (float, double) and for a CPU vector (specialized in cpu.h).
 template <typename V>
 struct Math;
 
@@ -146,8 +146,8 @@ inline int64_t shared_memory_limit(const torch::stable::Tensor& like) {
 }
 
 #ifndef NM_EMULATE
-// The stream that PyTorch is at work on. libtorch_cuda knows it, which this library is not linked to, so that one built
-// with CUDA also loads under a PyTorch without it; nor is it among the libraries whose symbols all others see.
+// PyTorch's current stream. libtorch_cuda is looked up at run time, not linked, so that a CUDA build also loads under a
+// CPU-only PyTorch.
 inline cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t device, void** stream);
   static const Function function = [] {

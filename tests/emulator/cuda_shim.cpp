@@ -37,7 +37,7 @@ struct Copy {
 
 enum class State { kReady, kWaiting, kDone };
 
-struct Fibre {
+struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   jmp_buf place;  // where it goes on
   State state = State::kReady;
@@ -53,14 +53,14 @@ struct Fibre {
   int commits;
 };
 
-std::vector<std::unique_ptr<Fibre>> fibres;  // kept from launch to launch for their stacks
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch for their stacks
 jmp_buf scheduler;
 ucontext_t beginner;
-Fibre* current = nullptr;
+Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 int64_t launched = 0;
 bool backwards = false;
-std::string fault;  // what a fibre found wrong: an exception cannot leave its stack
+std::string fault;  // what a fiber found wrong: an exception cannot leave its stack
 std::unique_ptr<unsigned char[]> shared_memory;
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -74,14 +74,14 @@ void entered(void* fake, const void** from, size_t* size) {
 }
 #endif
 
-void switch_to(Fibre& fibre) {
-  current = &fibre;
-  threadIdx = fibre.index;
+void switch_to(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.index;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  enter(fibre.stack.get(), kStack, &fake);
+  enter(fiber.stack.get(), kStack, &fake);
 #endif
-  if (_setjmp(scheduler) == 0) _longjmp(fibre.place, 1);
+  if (_setjmp(scheduler) == 0) _longjmp(fiber.place, 1);
 #if defined(__SANITIZE_ADDRESS__)
   entered(fake, nullptr, nullptr);
 #endif
@@ -99,7 +99,7 @@ void switch_back() {
 }
 
 // One body after another, once begin() has been told that the stack is in use.
-void fibre_main() {
+void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   entered(nullptr, &scheduler_stack, &scheduler_stack_size);
   void* fake = nullptr;
@@ -116,19 +116,19 @@ void fibre_main() {
   }
 }
 
-// A change of context takes a system call, so it only gives a fibre its stack: from then on there are jumps.
-void begin(Fibre& fibre) {
-  fibre.stack.reset(new unsigned char[kStack]);
-  current = &fibre;
+// A change of context takes a system call, so it only gives a fiber its stack: from then on there are jumps.
+void begin(Fiber& fiber) {
+  fiber.stack.reset(new unsigned char[kStack]);
+  current = &fiber;
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack.ss_sp = fibre.stack.get();
+  context.uc_stack.ss_sp = fiber.stack.get();
   context.uc_stack.ss_size = kStack;
   context.uc_link = nullptr;
-  makecontext(&context, fibre_main, 0);
+  makecontext(&context, fiber_main, 0);
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  enter(fibre.stack.get(), kStack, &fake);
+  enter(fiber.stack.get(), kStack, &fake);
 #endif
   swapcontext(&beginner, &context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -136,11 +136,11 @@ void begin(Fibre& fibre) {
 #endif
 }
 
-std::string place(const Fibre& fibre) {
-  return std::string(fibre.file) + ":" + std::to_string(fibre.line);
+std::string place(const Fiber& fiber) {
+  return std::string(fiber.file) + ":" + std::to_string(fiber.line);
 }
 
-[[noreturn]] void divergent(const char* what, const Fibre& one, const Fibre& other) {
+[[noreturn]] void divergent(const char* what, const Fiber& one, const Fiber& other) {
   const std::string there = other.state == State::kDone ? "has ended"
                             : other.line == one.line    ? "waits for something else there"
                                                         : "waits at " + place(other);
@@ -148,7 +148,7 @@ std::string place(const Fibre& fibre) {
                            place(one) + ", thread " + std::to_string(other.index.x) + " " + there);
 }
 
-bool same_place(const Fibre& a, const Fibre& b) {
+bool same_place(const Fiber& a, const Fiber& b) {
   return a.kind == b.kind && a.line == b.line && a.file == b.file;
 }
 
@@ -158,12 +158,12 @@ bool release_warps(size_t threads) {
   for (size_t first = 0; first < threads; first += warpSize) {
     bool complete = true;
     for (size_t i = first; i < first + warpSize; ++i) {
-      const Fibre& fibre = *fibres[i];
-      complete &= fibre.state == State::kWaiting && fibre.kind == Wait::kWarp && same_place(fibre, *fibres[first]);
+      const Fiber& fiber = *fibers[i];
+      complete &= fiber.state == State::kWaiting && fiber.kind == Wait::kWarp && same_place(fiber, *fibers[first]);
     }
     if (!complete) continue;
-    for (size_t i = first; i < first + warpSize; ++i) fibres[i]->result = fibres[first + fibres[i]->source]->value;
-    for (size_t i = first; i < first + warpSize; ++i) fibres[i]->state = State::kReady;
+    for (size_t i = first; i < first + warpSize; ++i) fibers[i]->result = fibers[first + fibers[i]->source]->value;
+    for (size_t i = first; i < first + warpSize; ++i) fibers[i]->state = State::kReady;
     released = true;
   }
   return released;
@@ -171,16 +171,16 @@ bool release_warps(size_t threads) {
 
 // Nothing runs and no warp can go on: either all threads are at one barrier, which lets them go on, or it is a fault.
 void release_block(size_t threads) {
-  const Fibre* waiting = nullptr;
+  const Fiber* waiting = nullptr;
   for (size_t i = 0; i < threads; ++i)
-    if (fibres[i]->state == State::kWaiting && (!waiting || fibres[i]->kind == Wait::kWarp)) waiting = fibres[i].get();
+    if (fibers[i]->state == State::kWaiting && (!waiting || fibers[i]->kind == Wait::kWarp)) waiting = fibers[i].get();
   const bool warp = waiting->kind == Wait::kWarp;
   const size_t number = waiting->index.x + blockDim.x * (waiting->index.y + blockDim.y * waiting->index.z);
   const size_t first = warp ? number / warpSize * warpSize : 0;
   for (size_t i = first; i < (warp ? first + warpSize : threads); ++i)
-    if (fibres[i]->state == State::kDone || !same_place(*fibres[i], *waiting))
-      divergent(warp ? "shuffle" : "barrier", *waiting, *fibres[i]);
-  for (size_t i = 0; i < threads; ++i) fibres[i]->state = State::kReady;
+    if (fibers[i]->state == State::kDone || !same_place(*fibers[i], *waiting))
+      divergent(warp ? "shuffle" : "barrier", *waiting, *fibers[i]);
+  for (size_t i = 0; i < threads; ++i) fibers[i]->state = State::kReady;
 }
 
 __attribute__((no_sanitize("address"))) void poison_shared(size_t dynamic_bytes) {
@@ -190,27 +190,27 @@ __attribute__((no_sanitize("address"))) void poison_shared(size_t dynamic_bytes)
   if (dynamic_bytes) memset(shared_memory.get(), 0xff, dynamic_bytes);
 }
 
-void prepare(Fibre& fibre, size_t number) {
-  if (fibre.state != State::kDone) begin(fibre);  // for the first time, or left in the middle by a fault
-  fibre.state = State::kReady;
-  fibre.copies.clear();
-  fibre.commits = 0;
-  fibre.index = {unsigned(number % blockDim.x), unsigned(number / blockDim.x % blockDim.y),
+void prepare(Fiber& fiber, size_t number) {
+  if (fiber.state != State::kDone) begin(fiber);  // for the first time, or left in the middle by a fault
+  fiber.state = State::kReady;
+  fiber.copies.clear();
+  fiber.commits = 0;
+  fiber.index = {unsigned(number % blockDim.x), unsigned(number / blockDim.x % blockDim.y),
                  unsigned(number / blockDim.x / blockDim.y)};
 }
 
 void run_block(size_t threads) {
-  for (size_t i = 0; i < threads; ++i) prepare(*fibres[i], i);
+  for (size_t i = 0; i < threads; ++i) prepare(*fibers[i], i);
   for (;;) {
     bool done = true, ran = false;
     for (size_t i = 0; i < threads; ++i) {
-      Fibre& fibre = *fibres[backwards ? threads - 1 - i : i];
-      if (fibre.state == State::kReady) {
-        switch_to(fibre);
+      Fiber& fiber = *fibers[backwards ? threads - 1 - i : i];
+      if (fiber.state == State::kReady) {
+        switch_to(fiber);
         ran = true;
         if (!fault.empty()) throw std::runtime_error(std::exchange(fault, ""));
       }
-      done &= fibre.state == State::kDone;
+      done &= fiber.state == State::kDone;
     }
     if (done) return;
     if (!release_warps(threads) && !ran) release_block(threads);
@@ -255,7 +255,7 @@ int lane() {
 }
 
 uint64_t wait(Wait kind, uint64_t value, int source, unsigned mask, const char* file, int line) {
-  Fibre& self = *current;
+  Fiber& self = *current;
   if (mask != 0xffffffffu) fault = "a shuffle of less than the full warp at " + std::string(file);
   self.state = State::kWaiting;
   self.kind = kind;
@@ -281,7 +281,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function
   if (dynamic_shared_bytes > kSharedLimit)
     throw std::runtime_error(std::to_string(dynamic_shared_bytes) + " bytes of shared memory: no GPU has so much");
 
-  while (fibres.size() < threads) fibres.push_back(std::make_unique<Fibre>());
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   blockDim = block;
   gridDim = grid;
   body = &kernel;

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, so that their indexing, barriers, shuffles and tails are tested without a GPU: the .cu
 // files are compiled as C++ against this header instead of cuda_runtime.h.
 //
-// A block's threads are fibres of one CPU thread, run one after the other in index order, or in reverse with
-// NORMATCH_EMULATOR_ORDER=reversed. A fibre runs until it waits, at __syncthreads for its block or at a shuffle or
+// A block's threads are fibers of one CPU thread, run one after the other in index order, or in reverse with
+// NORMATCH_EMULATOR_ORDER=reversed. A fiber runs until it waits, at __syncthreads for its block or at a shuffle or
 // __syncwarp for its warp. Hence
 //  * a missing barrier shows as a result that depends on the order;
 //  * a barrier that not all threads of the block (all lanes of the warp) reach, or reach at different places, raises;
