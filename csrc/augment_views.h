@@ -1,5 +1,5 @@
 // Augmented views of uint8 images, for both backends. (seed, visit, sample, view) determine a view through
-// Philox4x32-10 and integer or separately rounded arithmetic, exactly as in normatch/augment.py, and its pixels are
+// Philox4x32-10 and integer or separately rounded arithmetic, exactly as in normatch/augment, and its pixels are
 // Pillow's. Hence no fused multiply-adds: device code rounds explicitly, host code is built with -ffp-contract=off.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace normatch {
 
-// Indices into OPS of normatch/augment.py.
+// Indices into OPS of normatch/augment/policy.py.
 enum AugmentOp : int {
   kAutoContrast,
   kBrightness,
@@ -103,7 +103,7 @@ NM_HD void cutout_ends(float center, float side, int size, int& first, int& last
   last = side > 0 ? int(fminf(end, float(size - 1))) : -1;
 }
 
-// draw_parameters of normatch/augment.py for one view; operations that are not applied are left out.
+// draw_parameters of normatch/augment/draws.py for one view; operations that are not applied are left out.
 NM_HD View draw_view(const ViewPolicy& p, uint64_t seed, uint32_t sample, uint32_t visit, uint32_t view) {
   View v;
   const Words weak = philox(0, view, sample, visit, seed);
@@ -243,7 +243,7 @@ NM_HD float normalized(int v, float scale, float shift) {
   return plus(times(float(v), scale), -shift);
 }
 
-// Reads the lists from encode_policy in normatch/augment.py.
+// Reads the lists from encode_policy in normatch/augment/policy.py.
 inline ViewPolicy decode_policy(const std::vector<int64_t>& rules, const std::vector<double>& values,
                                 const std::vector<double>& scale, const std::vector<double>& shift, int64_t height,
                                 int64_t width) {

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from normatch.ops._library import (
     BACKEND,
     DTYPES,
     KERNELS,
+    build_info,
     check_dims,
     check_float,
     check_same,
@@ -23,23 +23,7 @@ from normatch.ops.affine_coupling import affine_coupling
 from normatch.ops.gmm_log_prob import check_mixture, gmm_log_prob
 from normatch.reference import accumulation_dtype
 
-
-class _FusedLimits(NamedTuple):
-    """The largest head that a single kernel computes."""
-
-    hidden: int
-    features: int
-    classes: float = float("inf")
-    couplings: float = float("inf")
-    parameters: float = float("inf")
-
-
-_FUSED_LIMITS = {
-    "cpu": _FusedLimits(hidden=128, features=4096),
-    # classes and couplings are bounded by shared memory and the size of a kernel's arguments (csrc/flow_head.cu),
-    # parameters by the gradient sums of at least 32 blocks, which take 64 MB together.
-    "cuda": _FusedLimits(hidden=128, features=4096, classes=2048, couplings=64, parameters=2**19),
-}
+_LIMITS = build_info().get("limits", {})  # csrc/limits.h
 
 
 def flow_head_path(
@@ -53,16 +37,18 @@ def flow_head_path(
     products, `affine_coupling` and `gmm_log_prob`.
     """
     device = torch.device(device).type
-    if device not in KERNELS["flow_head"]:
+    limits = _LIMITS.get(f"flow_head_{'cuda' if BACKEND == 'emulated' else device}")
+    if device not in KERNELS["flow_head"] or limits is None:
         return "composed"
-    limits = _FUSED_LIMITS["cuda" if BACKEND == "emulated" else device]
     first, second = features // 2, features - features // 2
     weights = [
         hidden * (kept + hidden + 2 * changed + 2) + 3 * changed for kept, changed in ((first, second), (second, first))
     ]
     parameters = classes * features + (couplings + 1) // 2 * weights[0] + couplings // 2 * weights[1]
-    sizes = (hidden, features, classes, couplings, parameters)
-    return "fused" if all(value <= limit for value, limit in zip(sizes, limits, strict=True)) else "composed"
+    sizes = {
+        "hidden": hidden, "features": features, "classes": classes, "couplings": couplings, "parameters": parameters,
+    }  # fmt: skip
+    return "fused" if all(sizes[name] <= limit for name, limit in limits.items()) else "composed"
 
 
 def flow_head(
@@ -203,7 +189,7 @@ def _save(ctx, inputs, output):
     ctx.dtype, ctx.couplings = x.dtype, len(couplings)
     ctx.set_materialize_grads(False)  # unused results cost nothing
     # The last output is z in double, from which the couplings' inputs are reconstructed bit for bit
-    # (csrc/flow_head.cpp).
+    # (csrc/flow_head_cpu.h).
     _, _, class_log_prob, _, state = output
     ctx.mark_non_differentiable(state)
     ctx.save_for_backward(state, class_log_prob, *couplings, means, rho, logits, seed)
