@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from normatch.backbones import Classifier, WideResNet, build_backbone, feature_width, mix
 from torch import nn
 from torch.nn import functional as F
 
 from normatch.errors import UserError
+from normatch.methods.backbones import Classifier, WideResNet, build_backbone, feature_width, mix
 
 # From the table of the recorded files: four times the measured gap between fp32 and fp64 of the published code.
 OUTPUT_TOLERANCE = 4 * 6.1e-07

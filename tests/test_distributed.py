@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from normatch.distributed import synchronize_batch_norm
-from normatch.evaluation import evaluate
-from normatch.run import load_checkpoint
 from real_data import ROOT
 from torch import nn
 
 from normatch.errors import UserError
+from normatch.methods.distributed import synchronize_batch_norm
+from normatch.model import evaluate
+from normatch.published.checkpoints import load_checkpoint
 
 KEYS = ["--backbone", "wrn-10-1", "--batch_size", "8", "--uratio", "2", "--steps", "50", "--eval_every", "25"]
 KEYS += ["--log_every", "1", "--device", "cpu", "--dropout", "0", "--sync_bn", "--progress", "false"]
@@ -97,6 +97,7 @@ COMPILED = """
 import functools, os, sys, torch
 from torch import nn
 import normatch
+from normatch.methods import distributed
 
 torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the graphs, without the time a compiler takes
 for name in ("eager", "compiled"):
@@ -106,11 +107,11 @@ for name in ("eager", "compiled"):
         backbone=backbone, compile=name == "compiled", sync_bn=True, steps=3, batch_size=4, uratio=1, eval_every=3,
         log_every=1, couplings=1, dropout=0.0, precision="fp64", device="cpu", out=f"{sys.argv[1]}/{name}",
     )
-    ours, theirs = normatch.distributed.gather([p.detach() for p in backbone.parameters()])
+    ours, theirs = distributed.gather([p.detach() for p in backbone.parameters()])
     assert all(map(torch.equal, ours, theirs)), "the processes trained two networks"
-    assert len(set(normatch.distributed.gather(torch.rand(1).item()))) == 2, "both draw the same dropout"
-    sums = [torch.full((2,), 1.0 + 2 * normatch.distributed.rank())]  # 1 and 3, each over two parts of a batch
-    normatch.distributed.average_(sums, parts=2)
+    assert len(set(distributed.gather(torch.rand(1).item()))) == 2, "both draw the same dropout"
+    sums = [torch.full((2,), 1.0 + 2 * distributed.rank())]  # 1 and 3, each over two parts of a batch
+    distributed.average_(sums, parts=2)
     assert sums[0].tolist() == [1, 1]
 """
 

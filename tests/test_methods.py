@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normatch.config import make_config
+from normatch.config import make_config, method_class
 from normatch.flows import FlowHead, FlowOutput
-from normatch.methods import METHODS
-from normatch.methods.fixmatch import consistency
-from normatch.methods.normatch import align, consensus, ramp, sampled_classifier
+from normatch.methods.base import Task
+from normatch.methods.normatch import consensus, sampled_classifier
+from normatch.methods.terms import align, consistency, ramp
 
 NORMATCH_VARIANTS = ["onehot", "soft", "three_two", "three_sampled"]
 
@@ -21,11 +21,21 @@ class RecordedFlow(nn.Module):
     def __init__(self, logits_x, logits_u, log_prob):
         super().__init__()
         self.class_log_prob = torch.cat((logits_x, logits_u))
-        # L_n is the mean of -log_prob over the unlabelled rows.
+        # L_n is the mean of -log_prob over the unlabeled rows.
         self.log_prob = torch.cat((log_prob.new_zeros(len(logits_x)), -log_prob.expand(len(logits_u))))
 
     def forward(self, features):
         return FlowOutput(features, features[:, 0], self.class_log_prob, self.log_prob)
+
+
+def make_method(config, classes=10):
+    return method_class(config.method)(Task((3, 32, 32), [str(k) for k in range(classes)]), config)
+
+
+def step_of(method, features, logits, y, u_y, step):
+    """-> loss, metrics of a step whose networks give these features and logits."""
+    method.classify = lambda images: (features, logits)
+    return method({"images": None, "y": y, "u_y": u_y}, step)
 
 
 def near(got, want, what):
@@ -58,7 +68,7 @@ def test_normatch_step(golden, monkeypatch, setting, variant, alignment, compat)
         third_voter={"three_two": "flow", "three_sampled": "sampled"}.get(variant, "none"),
         compat=compat,
     )
-    method = METHODS["normatch"](8, 10, config).double()
+    method = make_method(config).double()
     one = RecordedFlow(inputs["flow_logits_x"], inputs["flow_logits_u"], inputs["loss_num"])
     two = RecordedFlow(inputs["flow2_logits_x"], inputs["flow2_logits_u"], inputs["loss_num"])
     method.flows = nn.ModuleList([one, two] if variant == "three_two" else [one])
@@ -71,7 +81,7 @@ def test_normatch_step(golden, monkeypatch, setting, variant, alignment, compat)
     features = torch.zeros(len(logits), 8, dtype=torch.float64)
     u_y = torch.zeros(56, dtype=torch.long)
     # The recorded epoch is one of 1,024 steps; the ramp of both behaviours agrees at its start.
-    loss, metrics = method(features, logits, y, u_y, int(cfg["epoch"]) * 1024)
+    loss, metrics = step_of(method, features, logits, y, u_y, int(cfg["epoch"]) * 1024)
     loss.backward()
 
     near(loss, data[f"out64/{case}/total"], "total")
@@ -150,8 +160,8 @@ def test_fixmatch_step(golden, setting, variant):
         compat="reference" if variant == "kek" else "none",
     )
     logits = torch.cat([inputs[k] for k in ("logits_x", "logits_u_w", "logits_u_s")])
-    method = METHODS["fixmatch"](8, 10, config)
-    loss, metrics = method(torch.zeros(len(logits), 8), logits, inputs["y"], torch.zeros(56, dtype=torch.long), 0)
+    features, u_y = torch.zeros(len(logits), 8), torch.zeros(56, dtype=torch.long)
+    loss, metrics = step_of(make_method(config), features, logits, inputs["y"], u_y, 0)
     loss.backward()
 
     want = {k.rpartition("/")[2]: v for k, v in data.items() if k.startswith(f"out64/{variant}/{setting}/")}
@@ -178,16 +188,17 @@ def test_fixmatch_pseudo_labels(golden):
 
 def test_supervised_is_the_cross_entropy():
     logits, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
-    loss, _ = METHODS["supervised"](8, 4, make_config())(torch.zeros(6, 8), logits, y, y[:0], 0)
+    loss, _ = step_of(make_method(make_config(method="supervised"), 4), torch.zeros(6, 8), logits, y, y[:0], 0)
     assert torch.equal(loss, F.cross_entropy(logits, y))
 
 
 @pytest.mark.parametrize("name", ["normatch", "fixmatch"])
 def test_unknown_labels_are_left_out_of_the_metrics(name):
     torch.manual_seed(0)
-    method = METHODS[name](8, 4, make_config(method=name))
+    method = make_method(make_config(method=name), 4)
     u_y = torch.tensor([0, -1, -1, 3, -1, -1])
     logits = torch.randn(2 + 12, 4)
     logits[2, 0] = logits[5, 3] = 50.0  # the two known ones are predicted right
-    _, metrics = method(torch.randn(14, 8), logits, torch.tensor([0, 1]), u_y, 0)
+    features = torch.randn(14, method.classifier.features)
+    _, metrics = step_of(method, features, logits, torch.tensor([0, 1]), u_y, 0)
     assert metrics["pseudo_label_accuracy"].tolist() == [2, 2]

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from normatch.classifier import ClassifierState
-from normatch.state import Meter, TrainStep
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normatch.config import make_config
+from normatch.config import make_config, method_class
+from normatch.training.state import Meter, State
+from normatch.training.step import TrainStep
 
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
 
@@ -24,11 +24,17 @@ class NoReadBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def make_state(**keys):
+    supervised = keys.get("method") == "supervised"
+    config = make_config(backbone="wrn-10-1", batch_size=4, **({} if supervised else {"uratio": 2}), **keys)
+    state = State(config, method_class(config.method), torch.device(config.device))
+    state.method.train()
+    return state
+
+
 def prepared(**keys):
     torch.manual_seed(0)
-    config = make_config(backbone="wrn-10-1", batch_size=4, uratio=2, device="cpu", **keys)
-    state = ClassifierState(config, torch.device("cpu"))
-    state.objective.train()
+    state = make_state(device="cpu", **keys)
     n = 4 if keys.get("method") == "supervised" else 4 + 2 * 8
     x = torch.randn(n, 3, 32, 32).to(memory_format=torch.channels_last)
     batch = {"images": x, "y": torch.arange(4), "u_y": torch.arange(n - 4)[: (n - 4) // 2] % 10}
@@ -90,9 +96,7 @@ def test_the_whole_step_is_one_graph_and_is_compiled_once(keys, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
 def test_nothing_waits_for_the_gpu(mode):
-    config = make_config(backbone="wrn-10-1", batch_size=4, uratio=2, device="cuda")
-    state = ClassifierState(config, torch.device("cuda"))
-    state.objective.train()
+    state = make_state(device="cuda")
     batches, step = state.batches(0), TrainStep(state, mode)
     for number in range(6):
         torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")  # the first ones allocate and compile
@@ -106,7 +110,6 @@ def test_nothing_waits_for_the_gpu(mode):
 
 def test_metrics_are_averaged_over_steps_and_left_out_where_nothing_was_counted():
     meter = Meter()
-    meter.names = ["a", "b"]
     for total, count in ((3.0, 1.0), (5.0, 3.0)):
-        meter.add(torch.tensor([[total, count], [0.0, 0.0]]))
+        meter.add({"a": torch.tensor([total, count]), "b": torch.zeros(2)})
     assert meter.read() == {"a": 2.0}

@@ -14,9 +14,9 @@ from torch.optim.sgd import sgd
 class Optimizer:
     """Parameter groups, each with its own rule, rate, decay and clip, in `torch.optim`'s functional forms.
 
-    groups: {"params", "optimizer": sgd (Nesterov, 0.9), adam, adamw or adamax, "lr", "weight_decay"}, and optionally
-    "clip", the largest norm of the group's gradients (0: no clipping), "keep_gradients": gradients add up over the
-    whole run, and "average": False, for parameters that are copied into the average of weights.
+    groups: {"params", "optimizer": sgd, adam, adamw or adamax, "lr", "weight_decay"}, and optionally "momentum" of sgd
+    (Nesterov's, 0.9), "clip", the largest norm of the group's gradients (0: no clipping), "keep_gradients": gradients
+    add up over the whole run, and "average": False, for parameters that are copied into the average of weights.
 
     `torch.optim`'s classes take gradients from `.grad` and rates from Python numbers. Here both are tensors, so that a
     step can stand in the same compiled graph as the forward and backward pass. `trained`: the parameters in turn.
@@ -30,19 +30,21 @@ class Optimizer:
     }
 
     def __init__(self, groups: list[dict]):
-        self.groups = [{"clip": 0.0, "keep_gradients": False, **group} for group in groups]
+        self.groups = [{"momentum": 0.9, "clip": 0.0, "keep_gradients": False, **group} for group in groups]
         self.trained = [p for group in groups for p in group["params"]]
         self.state, self.rates = [], []
         for group in self.groups:
             params = group["params"]
-            names = (*self.MEMORY[group["optimizer"]], *(["gradient_sum"] if group["keep_gradients"] else []))
+            names = [] if group["optimizer"] == "sgd" and not group["momentum"] else [*self.MEMORY[group["optimizer"]]]
+            names += ["gradient_sum"] if group["keep_gradients"] else []
             state = {name: [torch.zeros_like(p, requires_grad=False) for p in params] for name in names}
             if group["optimizer"] != "sgd":
                 state["step"] = [torch.zeros((), device=p.device) for p in params]
             self.state.append(state)
             # As exact as the Python number that it stands for; on a GPU the fused kernels read a float32.
             dtype = torch.float64 if params[0].device.type == "cpu" else torch.float32
-            self.rates.append(torch.tensor(group["lr"], dtype=dtype, device=params[0].device))
+            # (1,), not (): torch.compile takes a float64 scalar on the CPU for a Python number, and traces twice.
+            self.rates.append(torch.tensor([group["lr"]], dtype=dtype, device=params[0].device))
 
     def set_lr(self, factor: float):
         """Set every group's rate to its own, times `factor`."""
@@ -79,8 +81,8 @@ class Optimizer:
         decay = group["weight_decay"]
         if group["optimizer"] == "sgd":
             sgd(
-                params, gradients, memory["momentum_buffer"], lr=rate, weight_decay=decay, momentum=0.9, nesterov=True,
-                dampening=0.0, maximize=False, **forms,
+                params, gradients, memory.get("momentum_buffer", []), lr=rate, weight_decay=decay,
+                momentum=group["momentum"], nesterov=group["momentum"] > 0, dampening=0.0, maximize=False, **forms,
             )  # fmt: skip
         elif group["optimizer"] == "adamax":  # which has no fused form
             adamax(
