@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 from . import __version__
 from .config import METHODS, Config, known_keys, make_config, method_class, preset_text, presets
 from .errors import UserError
-from .published.flags import ALIASES, UNNEEDED_SWITCHES, canonical
+from .published.flags import ALIASES, PUBLISHED, SWITCHES, UNNEEDED_SWITCHES, canonical
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +60,16 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normatch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    _training_commands(commands, words)
+    _model_commands(commands)
+    _data_commands(commands, words)
+    _bench_commands(commands, words)
+    info = commands.add_parser("info", help="versions, where the ops come from, and what this machine can do")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _training_commands(commands, words: list[str]):
     train = commands.add_parser(
         "train",
         help="train a classifier; without arguments NorMatch on scikit-learn's digits, 40 labels",
@@ -83,6 +93,8 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     show.add_argument("name", nargs="?", metavar="PRESET")
     show.set_defaults(run=_presets)
 
+
+def _model_commands(commands):
     evaluate = commands.add_parser("eval", help="accuracy of a run or checkpoint on its test set")
     evaluate.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT")
     evaluate.add_argument("--data_dir", help="folder that holds the data set (default: as in training)")
@@ -94,7 +106,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
     convert = commands.add_parser(
         "convert",
-        help="a run, our checkpoint or a published one -> a checkpoint without optimisers, or safetensors",
+        help="a run, our checkpoint or a published one -> a checkpoint without optimizers, or safetensors",
     )
     convert.add_argument("source", metavar="IN", help="a run folder or a checkpoint, ours or published")
     convert.add_argument("target", metavar="OUT", help="the new file, .pt or .safetensors")
@@ -111,6 +123,8 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         command.add_argument("--json", action="store_true", help="print JSON")
 
+
+def _data_commands(commands, words: list[str]):
     data = commands.add_parser("data", help="what a data set or a folder of yours holds, and a picture of its views")
     if "data" in words[:1]:
         from .tools import contact_sheet
@@ -124,7 +138,7 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     compare.add_argument("--data_dir", help="folder that holds the data set")
-    compare.add_argument("--num_labels", type=int, help="labelled rows (default: the preset's)")
+    compare.add_argument("--num_labels", type=int, help="labeled rows (default: the preset's)")
     compare.add_argument("--out", metavar="FILE", help="leave the table in FILE.md and the records in FILE.json")
     compare.add_argument(
         "--runs", metavar="FOLDER", help="keep the flows' runs there: what is finished is not repeated"
@@ -137,6 +151,8 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
     embed.add_argument("--model", required=True, help="folder of a sentence-transformers model")
     embed.set_defaults(run=_embed)
 
+
+def _bench_commands(commands, words: list[str]):
     bench = commands.add_parser("bench", help="measure the ops, the views, the loader or a step side by side")
     benches = bench.add_subparsers(required=True, metavar="{kernels,augment,loader,step}")
     for name in ("kernels", "augment", "loader", "step"):
@@ -154,16 +170,17 @@ def make_parser(words: list[str] = ()) -> argparse.ArgumentParser:
         arguments(one)
         one.set_defaults(run=run)
 
-    info = commands.add_parser("info", help="versions, where the ops come from, and what this machine can do")
-    info.set_defaults(run=_info)
-    return parser
-
 
 def _add_keys(parser: argparse.ArgumentParser, words: list[str]):
     """Every key as a flag, under its own and its published names; the help shows those of the chosen method."""
     chosen = _chosen_method(words)
     parser.epilog = f"Keys of method {chosen}. For those of {', '.join(METHODS)}: --method NAME --help"
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="see `normatch presets` (default: digits)")
+    parser.add_argument(
+        "preset",
+        nargs="?",
+        metavar="PRESET",
+        help="such as cifar10-40, of those that `normatch presets` lists (default: digits)",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of `key: value` lines")
     shown = method_class(chosen).Keys.model_fields
     for name, users in known_keys().items():
@@ -180,6 +197,8 @@ def _add_keys(parser: argparse.ArgumentParser, words: list[str]):
             help=f"{field.description}{default}".replace("%", "%%") if name in shown else argparse.SUPPRESS,
             **({"nargs": "?", "const": "true"} if is_switch else {}),  # `--download` alone means `--download true`
         )
+    for name in PUBLISHED - {"config"}:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _chosen_method(words: list[str]) -> str:
@@ -194,32 +213,24 @@ def _chosen_method(words: list[str]) -> str:
 
 
 def _spell_check(arguments: list[str]) -> list[str]:
-    """Rewrite configuration keys under our names; an unknown one raises `UserError` with the nearest known."""
+    """Spell keys as the parser knows them; an unknown one raises `UserError` with the nearest known."""
     if arguments[:1] not in (["train"], ["verify-resume"]):
         return arguments
-    result, arguments = [], list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
+    result = []
+    for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name in ("", "config", "help", "kills"):
-            result.append(argument)
-            continue
-        key = canonical(name, known_keys())
-        if isinstance(key, dict):
-            on = value.lower() not in ("false", "0", "no", "off")
-            result += [f"--{ours}={implied}" for ours, implied in key.items() if on]
-        elif key is None:
-            print(f"normatch: {argument} is not needed here and does nothing", file=sys.stderr)
-            takes_value = not equals and name.replace("-", "_") not in UNNEEDED_SWITCHES
-            if takes_value and arguments and not arguments[0].startswith("--"):
-                arguments.pop(0)
-        else:
-            result.append(f"--{key}{equals}{value}")
+        if argument.startswith("--") and name not in ("", "config", "help", "kills"):
+            name = canonical(name, known_keys())
+            if name in (*SWITCHES, *UNNEEDED_SWITCHES) and not equals:
+                equals, value = "=", "true"
+            argument = f"--{name}{equals}{value}"
+        result.append(argument)
     return result
 
 
 def _config(options, **defaults) -> Config:
-    given = {name: value for name, value in vars(options).items() if name in known_keys()}
+    given = {name: value for name, value in vars(options).items() if name in known_keys() or name in PUBLISHED}
+    given.pop("config", None)
     return make_config(options.preset, options.config, **{**defaults, **given})
 
 
@@ -281,9 +292,10 @@ def _eval(options) -> int:
         print(json.dumps(scores))
         return 0
     print(f"{scores['dataset']}, {scores['images']} test images")
-    for name in ("test_accuracy", "test_accuracy_flow", "test_top5", "test_balanced_accuracy"):
+    percent = ("test_accuracy", "test_accuracy_flow", "test_top5", "test_balanced_accuracy")
+    for name in (*percent, "test_log_prob", "test_log_prob_flow"):
         if name in scores:
-            print(f"{name:22} {scores[name]:6.2f} %")
+            print(f"{name:22} {scores[name]:6.2f} {'%' if name in percent else 'nats'}")
     print(f"\n{'class':22} accuracy   most often taken for")
     for (name, score), row in zip(scores["per_class"].items(), scores["confusion"], strict=True):
         wrong = [(n, taken) for n, taken in zip(row, scores["per_class"], strict=True) if n and taken != name]

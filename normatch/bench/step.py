@@ -124,7 +124,7 @@ def make_state(config: Config, device: torch.device, first: int = 0) -> State:
     state = State(config, method_class(config.method), device)
     state.method.train()
     state.step = first
-    state.clock.fill_(first)
+    state.device_step.fill_(first)
     return state
 
 
@@ -170,7 +170,7 @@ def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, fl
                 torch.autograd.grad(loss, adamw.trained)
                 laps.end("flow head, both ways")
             with mock.patch.object(method, "classify", lambda images, seen=(seen_x, seen_y): seen):
-                loss, metrics = method(batch, state.clock)
+                loss, metrics = method(batch, state.device_step)
             gradient, *of_flows = torch.autograd.grad(loss, [seen_y, *adamw.trained])
             laps.end("loss, both ways")
             of_classifier = torch.autograd.grad(logits, sgd.trained, gradient, allow_unused=True)

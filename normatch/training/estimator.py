@@ -9,7 +9,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from ..config import checked
-from ..data import Split, from_arrays
+from ..data import Split, from_arrays, standardize
 from ..methods.flowgmm import FlowGMM
 from .state import State
 from .step import TrainStep
@@ -147,4 +147,4 @@ class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
     def _output(self, X):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float32, reset=False)
-        return self.model_(torch.from_numpy((X - self.mean_) / self.scale_))
+        return self.model_(standardize(torch.from_numpy(X), self.mean_, self.scale_))

@@ -69,7 +69,7 @@ class State:
             self.average = SWA(self.method, config.swa_start, config.swa_every)
         self.meter = Meter()  # of the steps since the last log point
         self.step = 0  # optimizer steps done
-        self.clock = torch.zeros((), dtype=torch.int64, device=device)  # the same, for the device
+        self.device_step = torch.zeros((), dtype=torch.int64, device=device)  # `step`, for losses that depend on it
         self.best = None  # {"accuracy", "step"} of the best evaluation
         self.seconds = 0.0  # of training so far, evaluations included
 

@@ -32,7 +32,7 @@ class TrainStep:
     def _gradients(self, batch):
         """-> a gradient or None for each trained parameter, metrics."""
         state = self.state
-        loss, metrics = state.method(batch, state.clock)
+        loss, metrics = state.method(batch, state.device_step)
         gradients = torch.autograd.grad(loss, state.optimizer.trained, allow_unused=True)
         return list(gradients), {"loss": torch.stack((loss.detach(), torch.ones_like(loss))), **metrics}
 
@@ -48,7 +48,7 @@ class TrainStep:
 
     def __call__(self, batches: list[dict]) -> dict[str, torch.Tensor]:
         state = self.state
-        state.clock.fill_(state.step)
+        state.device_step.fill_(state.step)
         if len(batches) == 1 and distributed.ranks() == 1:
             metrics = self.whole(batches[0])
         else:
