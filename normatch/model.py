@@ -113,7 +113,7 @@ def build_model(state: dict, name, method: type[Method] | None = None) -> Model:
     networks = {}
     if state.get("transition"):  # of a published wide ResNet, which its configuration does not know
         networks["backbone"] = build_backbone(config.backbone, state["transition"], image_size=state["image_size"])
-    built = cls(Task(tuple(state["shape"]), state["classes"], state["grey"]), config, **networks)
+    built = cls(Task(tuple(state["shape"]), state["classes"], state["gray"]), config, **networks)
     try:
         built.load_state_dict(state["ema"])
     except RuntimeError as error:

@@ -326,7 +326,7 @@ def test_values_are_continuous_over_the_range(policy):
 
 
 def test_fixmatch_paper_is_what_the_paper_describes():
-    """Its transformations and ranges; two of them on every image, then Cutout of up to half the width, grey."""
+    """Its transformations and ranges; two of them on every image, then Cutout of up to half the width, gray."""
     fourteen = """AutoContrast Brightness:.05,.95 Color:.05,.95 Contrast:.05,.95 Equalize Identity Posterize:4,8
         Rotate:-30,30 Sharpness:.05,.95 ShearX:-.3,.3 ShearY:-.3,.3 Solarize:0,256 TranslateX:-.3,.3
         TranslateY:-.3,.3"""

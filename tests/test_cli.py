@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 import normatch
-from normatch.cli import _spell_check, main
+from normatch.cli import _config, _spell_check, main, make_parser
+from normatch.config import make_config
 from normatch.data import Split, load_dataset
 
 QUICK = ["--backbone", "wrn-10-1", "--steps", "4", "--batch_size", "8", "--uratio", "1", "--num_workers", "0"]
 QUICK += ["--device", "cpu"]
+SUPERVISED = [word for word in QUICK if word not in ("--uratio", "1")]  # it has no unlabeled images
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,11 @@ def run_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
     assert main(["train", *QUICK, "--eval_every", "2", "--log_every", "2", "--out", str(out)]) == 0
     return out
+
+
+def configured(arguments):
+    """The configuration that a command line of `train` asks for."""
+    return _config(make_parser(arguments).parse_args(_spell_check(arguments)))
 
 
 def refused(capsys, arguments, *said, started=False):
@@ -50,7 +57,8 @@ def test_train_prints_the_configuration_and_the_result(tmp_path, capsys):
 def test_all_labels(tmp_path, capsys, method):
     """Supervised, and with consistency on the same images: every label that there is."""
     out = tmp_path / "run"
-    assert main(["train", *QUICK, "--method", method, "--num_labels", "0", "--out", str(out)]) == 0
+    quick = SUPERVISED if method == "supervised" else QUICK
+    assert main(["train", *quick, "--method", method, "--num_labels", "0", "--out", str(out)]) == 0
     assert "all labels" in capsys.readouterr().out
     split = Split.load(out / "split.npz")
     everything = list(range(len(load_dataset("digits").train_labels)))
@@ -108,7 +116,7 @@ def test_predict_goes_on_after_a_file_that_is_no_image(run_folder, tmp_path, cap
 
 def test_predict_resizes_and_converts(run_folder, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (50, 70), dtype=np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (50, 70), dtype=np.uint8)).save(tmp_path / "gray.png")
     Image.fromarray(rng.integers(0, 255, (9, 8, 4), dtype=np.uint8)).save(tmp_path / "alpha.png")
     assert main(["predict", str(run_folder), str(tmp_path)]) == 0
 
@@ -122,8 +130,10 @@ def test_info(capsys):
 
 def test_flags_that_say_nothing_here_take_their_value_along(capsys):
     published = ["train", "--gpu-id", "0", "--nesterov", "digits", "--world-size", "-1", "--rank=0", "--expand-labels"]
-    assert _spell_check(published) == ["train", "digits"]
-    assert len(capsys.readouterr().err.splitlines()) == 5
+    with pytest.warns(UserWarning) as said:
+        config = configured(published)
+    assert config == make_config("digits") and len(said) == 1
+    assert "not needed here: gpu_id, nesterov, world_size, rank, expand_labels" in str(said[0].message)
 
 
 def test_help_of_train_names_keys_and_published_aliases(capsys):
@@ -253,28 +263,18 @@ def test_an_image_that_is_not_one(capsys, run_folder, tmp_path):
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatch):
-    from normatch.methods import METHODS, Supervised
+    from normatch.methods.supervised import Supervised
 
-    class Explodes(Supervised):
-        def forward(self, features, logits, y, u_y, step):
-            loss, metrics = super().forward(features, logits, y, u_y, step)
-            return loss / (step < 5), metrics  # infinite from step 5 on
+    forward = Supervised.forward
 
-    monkeypatch.setitem(METHODS, "supervised", Explodes)
+    def explodes(self, batch, step):
+        loss, metrics = forward(self, batch, step)
+        return loss / (step < 5), metrics  # infinite from step 5 on
+
+    monkeypatch.setattr(Supervised, "forward", explodes)
     out = tmp_path / "run"
-    arguments = [
-        *QUICK,
-        "--steps",
-        "20",
-        "--eval_every",
-        "4",
-        "--log_every",
-        "2",
-        "--method",
-        "supervised",
-        "--out",
-        out,
-    ]
+    arguments = [*SUPERVISED, "--steps", "20", "--eval_every", "4", "--log_every", "2", "--method", "supervised"]
+    arguments += ["--out", out]
     refused(capsys, ["train", *arguments], "NaN", "last.pt", started=True)
     state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())

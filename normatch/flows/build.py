@@ -72,7 +72,7 @@ def make_flow(config, shape: tuple[int, ...]) -> nn.Module:
         )
     kind, halvings, options = IMAGE_FLOWS[config.flow]
     if kind is Glow and shape[0] < 2:
-        raise UserError("flow glow couples the halves of the channels, and a grey image has one: take glow-mnist")
+        raise UserError("flow glow couples the halves of the channels, and a gray image has one: take glow-mnist")
     if halvings is None:
         halvings, options = config.flow_scales - (kind is not Glow), {**options, "scales": config.flow_scales}
     if shape[1] % 2**halvings or shape[2] % 2**halvings:

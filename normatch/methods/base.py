@@ -15,13 +15,13 @@ class Task:
     """What a method is told about its data.
 
     shape: of a standardized sample, (3, H, W) or (D,) of a row of a table.   classes: their names, K of them.
-    grey: whether the three channels of the images are equal.   labeled: -> x (n, *shape), y (n,), the labeled training
+    gray: whether the three channels of the images are equal.   labeled: -> x (n, *shape), y (n,), the labeled training
     samples, for what is fitted to them before training; None for a model whose weights are loaded.
     """
 
     shape: tuple[int, ...]
     classes: list[str]
-    grey: bool = False
+    gray: bool = False
     labeled: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 

@@ -52,7 +52,7 @@ class DensityMethod(Method):
 
     def __init__(self, task: Task, config: DensityKeys):
         super().__init__(task, config)
-        self.rows, self.channels = config.flow in ROW_FLOWS, 1 if task.grey else 3
+        self.rows, self.channels = config.flow in ROW_FLOWS, 1 if task.gray else 3
         self.shape = tuple(task.shape)  # of a sample, as the flow takes it
         if len(task.shape) == 3:
             _, height, width = task.shape
@@ -90,7 +90,7 @@ class DensityMethod(Method):
         return self.config.uratio if self.config.lambda_u or self.config.consistency_weight else 0
 
     def samples(self, x: torch.Tensor) -> torch.Tensor:
-        """x: standardized, (N, 3, H, W) or (N, D) -> what the flow takes: (N, C, H, W), C = 1 if grey, or (N, D)."""
+        """x: standardized, (N, 3, H, W) or (N, D) -> what the flow takes: (N, C, H, W), C = 1 if gray, or (N, D)."""
         if x.ndim != 4:
             return x
         x = x[:, : self.channels]
@@ -112,6 +112,7 @@ class DensityMethod(Method):
         config = self.config
         return {
             "optimizer": config.optimizer,
+            "momentum": 0.0,  # of SGD, as published
             "lr": config.lr,
             "weight_decay": config.weight_decay,
             "clip": config.clip,

@@ -23,7 +23,7 @@ FORMAT = 2  # of our checkpoints; 0.1.0 wrote 1, without saying so
 # What our own state holds besides the tensors of "model" and "ema"; in a safetensors file each is one JSON string.
 FACTS = (
     "format", "normatch", "config", "backbone", "transition", "source", "classes", "mean", "std", "image_size", "shape",
-    "grey", "columns",
+    "gray", "columns",
 )  # fmt: skip
 OPTIONAL = {"transition", "source"}  # absent from the checkpoints that training writes
 
@@ -107,19 +107,20 @@ def upgrade(state: dict, path) -> dict:
         flow = config["method"] in ("flowgmm", "scnf")
         size = state.get("image_size")
         shape = (3, size, size) if size else tuple(state["shape"])
-        grey = bool(flow and size) and torch.Size(state["shape"]).numel() == size * size
+        gray = bool(flow and size) and torch.Size(state["shape"]).numel() == size * size
         model, average = (
             {name.removeprefix("method.") if not flow else name.replace("model.", "density.", 1): value
              for name, value in state[part].items()}
             for part in ("model", "ema")
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of normatch: {type(error).__name__} {error}") from None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is not a whole checkpoint of normatch: {reason}") from None
     if config.get("compat") == "reference":  # the published flow has no average: the live one was evaluated
         average |= {name: value for name, value in model.items() if name.startswith(("flows.", "da_queue"))}
     columns = state.get("columns", [])
     backbone = "named" if flow else state["backbone"]
-    facts = {"format": FORMAT, "config": config, "shape": list(shape), "grey": grey, "columns": columns}
+    facts = {"format": FORMAT, "config": config, "shape": list(shape), "gray": gray, "columns": columns}
     return {**state, **facts, "backbone": backbone, "model": model, "ema": average}
 
 
@@ -132,7 +133,7 @@ def upgrade_optimizer(content: dict, optimizer) -> list[dict]:
     if isinstance(saved, list):
         return saved
     if "state" in saved:
-        return [_split(saved["state"][i], group["params"]) for i, group in enumerate(optimizer.groups)]
+        return [_split(saved["state"].get(i, {}), group["params"]) for i, group in enumerate(optimizer.groups)]
     old = {"momentum_buffer": "velocity", "exp_avg": "mean", "exp_avg_sq": "square", "gradient_sum": "prior_sum"}
     taken, result = dict.fromkeys(old, 0), []
     for group, state in zip(optimizer.groups, optimizer.state, strict=True):
@@ -150,7 +151,7 @@ def upgrade_optimizer(content: dict, optimizer) -> list[dict]:
 def _split(state: dict, params) -> dict:
     """A flat tensor per name -> a tensor for each parameter."""
     sizes = [p.numel() for p in params]
-    entry = {"step": [torch.as_tensor(state["step"], dtype=torch.float32)] * len(params)}
+    entry = {"step": [torch.as_tensor(state["step"], dtype=torch.float32)] * len(params)} if state else {}
     for name in state.keys() - {"step"}:
         entry[name] = [part.view_as(p) for part, p in zip(state[name].flatten().split(sizes), params, strict=True)]
     return entry

@@ -93,7 +93,7 @@ def from_published(content: dict, dataset: str | None = None) -> dict:
         "std": list(std),
         "image_size": image_size,
         "shape": [3, image_size, image_size],
-        "grey": False,
+        "gray": False,
         "columns": [],
         # The published code averages the network alone: the flow is the live one in both.
         "model": {**_classifier(trained, head), **networks},

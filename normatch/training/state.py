@@ -143,7 +143,7 @@ class State:
             "std": torch.as_tensor(self.dataset.std).tolist() if self.dataset.is_table else list(self.dataset.std),
             "image_size": self.dataset.image_size,
             "shape": list(self.task.shape),
-            "grey": self.task.grey,
+            "gray": self.task.gray,
             "columns": list(self.dataset.columns),
             "backbone": self.backbone,
             "split": self.split.sha256,
@@ -210,8 +210,8 @@ def make_task(dataset: Dataset, split: Split) -> Task:
     if dataset.is_table:
         return Task(dataset.train_x.shape[1:], dataset.classes, labeled=lambda: labeled_samples(dataset, split))
     size, some = dataset.image_size, dataset.train_x[np.arange(min(100, len(dataset.train_x)))]
-    grey = bool((some == some[..., :1]).all())
-    return Task((3, size, size), dataset.classes, grey, lambda: labeled_samples(dataset, split))
+    gray = bool((some == some[..., :1]).all())
+    return Task((3, size, size), dataset.classes, gray, lambda: labeled_samples(dataset, split))
 
 
 def labeled_samples(dataset: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
