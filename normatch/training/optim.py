@@ -78,7 +78,10 @@ class Optimizer:
         on_gpu = params[0].device.type == "cuda"
         # Compiled, Inductor fuses the list form itself; `capturable` keeps the count of steps a tensor.
         forms = {"foreach": compiling, "fused": not compiling}
-        decay = group["weight_decay"]
+        decay, steps = group["weight_decay"], memory.get("step", [])
+        exact = compiling and params[0].dtype == torch.float64
+        if exact:  # a graph computes 1 - beta^step in the dtype of step
+            steps = [step.double() for step in steps]
         if group["optimizer"] == "sgd":
             sgd(
                 params, gradients, memory.get("momentum_buffer", []), lr=rate, weight_decay=decay,
@@ -86,16 +89,18 @@ class Optimizer:
             )  # fmt: skip
         elif group["optimizer"] == "adamax":  # which has no fused form
             adamax(
-                params, gradients, memory["exp_avg"], memory["exp_inf"], memory["step"], foreach=True,
+                params, gradients, memory["exp_avg"], memory["exp_inf"], steps, foreach=True,
                 capturable=compiling or on_gpu, lr=rate if compiling or on_gpu else rate.item(), weight_decay=decay,
                 beta1=0.9, beta2=0.999, eps=1e-8,
             )  # fmt: skip
         else:
             adam(
-                params, gradients, memory["exp_avg"], memory["exp_avg_sq"], [], memory["step"], lr=rate,
+                params, gradients, memory["exp_avg"], memory["exp_avg_sq"], [], steps, lr=rate,
                 weight_decay=decay, decoupled_weight_decay=group["optimizer"] == "adamw", amsgrad=False, beta1=0.9,
                 beta2=0.999, eps=1e-8, maximize=False, capturable=compiling, **forms,
             )  # fmt: skip
+        if exact and steps:
+            torch._foreach_add_(memory["step"], 1)
 
     def state_dict(self) -> list[dict]:
         """Of each group what its rule remembers: name -> a tensor for each parameter."""
