@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(message, category, filename, lineno, line=None) -> str:
-    """A warning as the user should see it: what is the matter, not where in the code it was noticed."""
+    """A warning in one line, without its place in the code."""
     return f"normatch: {' '.join(str(message).split())}\n"
 
 

@@ -67,13 +67,13 @@ class WideResNet(nn.Module):
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """x: (N, C, H, W) -> (N, C, H, W), NorMatch's `--mixing`: in half of the calls channels are mixed with others.
+    """x: (N, C, H, W) -> (N, C, H, W), NorMatch's `--mixing`: in half of the calls, mixes each channel with another.
 
     LeakyReLU(0.1)(a x + (1 - a) x'), x' the channels of x in a random order, without a gradient, and a = max(b, 1 - b)
     for b ~ Beta(0.1, 0.1). Decided and drawn on the device.
     """
     noise = torch.rand(2, device=x.device)
-    # A Gamma(1.1) variable times the tenth power of a uniform one is Gamma(0.1); two of those make a Beta(0.1, 0.1).
+    # A Gamma(1.1) variable times the tenth power of a uniform one is Gamma(0.1); two of those make Beta(0.1, 0.1).
     gammas = torch._standard_gamma(torch.full((2,), 1.1, device=x.device)).log() + 10 * noise.log()
     a = gammas.softmax(0).amax().to(x.dtype)
     mixed = _act(a * x + (1 - a) * x.detach()[:, torch.randperm(x.shape[1], device=x.device)])
@@ -101,7 +101,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(width_out, momentum=momentum)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
         same = width_in == width_out
-        # The name is that of the published state dicts.
+        # named as in the published state dicts
         self.convShortcut = None if same else nn.Conv2d(width_in, width_out, 1, stride, bias=False)
 
     def forward(self, x):

@@ -1,4 +1,4 @@
-"""Several processes, one run: what they share, and how. Without torchrun every function here does nothing.
+"""Several processes, one run: what they exchange. Without torchrun, every function here does nothing.
 
 The rule: `batch_size` is that of all processes together and the number of steps does not change with theirs. Of each
 global batch process r of n works on images r, r + n, ...; gradients, alignment statistics and metrics are averaged, so
@@ -18,7 +18,7 @@ from ..errors import UserError
 
 
 def start(name: str) -> torch.device:
-    """The device `name` (auto, cpu, cuda, cuda:N) of this process, after joining the others where torchrun started it.
+    """The device `name` (auto, cpu, cuda, cuda:N) of this process; joins the others if torchrun started it.
 
     NCCL between GPUs, gloo between CPUs. Raises `UserError` where the device is not there.
     """
@@ -44,7 +44,7 @@ def start(name: str) -> torch.device:
 
 
 def _leave():
-    """Leave the others: a thread of theirs that is still alive when the interpreter ends would abort the process."""
+    """Leave the group: a communication thread still alive at the end of the interpreter would abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -58,19 +58,19 @@ def ranks() -> int:
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """Replace the tensor, any shape, by its sum over the processes; returns it. No gradient."""
+    """tensor: any shape -> itself, replaced by its sum over the processes. No gradient."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's mean over the processes, any shape. No gradient."""
+    """tensor: any shape -> its mean over the processes. No gradient."""
     return sum_(tensor.detach().clone()) / ranks() if dist.is_initialized() else tensor
 
 
 def average_(gradients: list[torch.Tensor], parts: int = 1):
-    """Divide gradients, each the sum over `parts` batches, by them, and take the mean over the processes at once."""
+    """Average in place gradients that are sums over `parts` micro-batches, over these and the processes."""
     if not dist.is_initialized():
         if parts > 1:
             torch._foreach_div_(gradients, parts)
@@ -83,7 +83,7 @@ def average_(gradients: list[torch.Tensor], parts: int = 1):
 
 
 def share(tensors: Iterable[torch.Tensor]):
-    """Give all processes the first one's values of these tensors, as far as they are floating-point."""
+    """Broadcast the floating-point tensors of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             if tensor.is_floating_point():
@@ -93,7 +93,7 @@ def share(tensors: Iterable[torch.Tensor]):
 
 
 def gather(value) -> list:
-    """Each process's value, anything that pickles, in the order of their ranks."""
+    """Every process's value, anything that pickles, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * ranks()
@@ -107,7 +107,7 @@ def barrier():
 
 
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
-    """The module with every BatchNorm2d taking its statistics over the images of all processes.
+    """Make every BatchNorm2d in `module` take its statistics over the images of all processes; returns the module.
 
     Raises `UserError` for one of a kind of its own, as timm's networks have.
     """
@@ -126,7 +126,7 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """x: (N, C, H, W) -> (N, C, H, W): BatchNorm2d over the images of all processes, each with as many; on any device.
+    """x: (N, C, H, W) -> (N, C, H, W): BatchNorm2d over the images of all processes, equally many in each; on any device.
 
     PyTorch's own SyncBatchNorm is for GPUs alone.
     """
@@ -148,7 +148,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over the processes, whose gradient is the mean of theirs."""
+    """The mean over the processes; its gradient is the mean of their gradients."""
 
     @staticmethod
     def forward(ctx, x):

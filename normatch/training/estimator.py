@@ -18,17 +18,17 @@ from .step import TrainStep
 class FlowGMMClassifier(ClassifierMixin, BaseEstimator):
     """X: (n, D) numbers, y: (n,) labels, -1 for rows without one: FlowGMM (Izmailov et al. 2020) on a table.
 
-    A RealNVP carries the rows, standardised, to a latent space with a Gaussian for each class. It starts from the
+    A RealNVP carries the rows, standardized, to a latent space with a Gaussian for each class. It starts from the
     identity with the Gaussians on the classes (`means="spread"`), and with noise on the rows in training; without
     these, few labels in few dimensions end with most rows in the wrong Gaussian (docs/flowgmm.md has the figures).
 
     couplings, hidden: the number of couplings and the width of their networks.
     steps, lr, weight_decay: of AdamW, with a cosine schedule.
-    batch_size: unlabelled rows a step, about; up to 100 labelled ones join them.
+    batch_size: unlabeled rows per step, about; up to 100 labeled ones join them.
     noise: its standard deviation, in those of the features.
     means, means_r: where the Gaussians stand, one of the rules of `methods.means.place_means`, and its scale.
     means_trainable: whether they move.
-    label_weight, lambda_u: weights of -log p(x, y) of labelled rows and of -log p(x) of all.
+    label_weight, lambda_u: weights of -log p(x, y) of labeled rows and of -log p(x) of all.
     random_state: seeds weights, batches and noise.   device: where to train.   verbose: show a progress bar.
 
     Fitted: `classes_` (K,), `n_features_in_`, `model_`, the averaged flow with its mixture, `loss_`, the last mean

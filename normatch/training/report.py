@@ -1,4 +1,4 @@
-"""What a run says while it goes on: progress, speed, a trace; and the signals that it listens to."""
+"""What a run reports while it trains: progress, speed, a trace; and the signals that stop it."""
 
 import signal
 import statistics
@@ -123,7 +123,7 @@ class Clock:
 
 
 class Progress:
-    """A bar on a terminal, a line at each log point elsewhere, on standard error; nothing where progress is off."""
+    """On standard error: a bar on a terminal, elsewhere a line per log point; nothing if progress is off."""
 
     def __init__(self, config: Config, start: int):
         self.config = config

@@ -22,12 +22,12 @@ from ..published.checkpoints import load_checkpoint
 class Run:
     """One run folder. An existing one is refused, unless it is resumed or `overwrite` is set.
 
-    Of several processes that train together only the first writes.
+    Of several processes that train together, only rank 0 writes.
     """
 
     def __init__(self, config: Config):
         self.folder, self.keep = config.folder, config.keep
-        self.source = None  # the checkpoints' folder of another run that this one goes on from
+        self.source = None  # the checkpoints folder of another run, if this one resumes from it
         self.damaged = []  # checkpoints of this run that cannot be read
         self.writes = distributed.rank() == 0
         self.tensorboard = None
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def earlier(self) -> list[Path]:
-        """The checkpoints before the last, newest first: what is left where the last turns out to be damaged."""
+        """The checkpoints before the last one, newest first, in case the last one is damaged."""
         names = ["previous.pt", *(f"previous-{i}.pt" for i in range(2, self.keep))]
         return [self.last.with_name(name) for name in names]
 
@@ -54,7 +54,7 @@ class Run:
         if config.overwrite and occupied and not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder} is not a run folder, and --overwrite replaces nothing else")
         state, own = None, config.resume == "auto"
-        if own:  # there is none where the run was stopped before its first, or never begun
+        if own:  # None if the run was stopped before its first checkpoint, or never started
             state = self._newest_checkpoint(config)
             own = state is not None or self._nothing_to_lose()
         elif config.resume:
@@ -73,17 +73,17 @@ class Run:
         return state
 
     def _nothing_to_lose(self) -> bool:
-        """Whether the folder, which holds no whole checkpoint, is not a run's yet, or of one that never had any."""
-        if not self.last.parent.is_dir():  # the first thing that `open` makes
+        """Whether nothing is lost by starting afresh in this folder, which holds no readable checkpoint."""
+        if not self.last.parent.is_dir():  # which `open` makes first
             files = ("config.yaml", "env.json", "split.npz", "metrics.jsonl", "summary.json")
             return not any((self.folder / name).exists() for name in files)
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        # A run that went on after an evaluation had saved it.
+        # A line after an evaluation: that evaluation had saved a checkpoint.
         return not (self.folder / "summary.json").exists() and not any('"kind": "eval"' in line for line in lines[:-1])
 
     def _newest_checkpoint(self, config: Config) -> dict | None:
-        """The last checkpoint, or where that is damaged the one before, saying so; None where there is none.
+        """The last checkpoint, or with a warning an earlier one if it is damaged; None if there is none.
 
         Also the one before, or none where a run has only one, where that is of the last step, but the run was killed
         before it wrote its summary: the same bits come out again.
@@ -108,17 +108,17 @@ class Run:
         return None if config.steps <= config.eval_every and not first else ended
 
     def save(self, state: dict, improved: bool):
-        """Write the last checkpoint, keep those before it, and where it `improved` write the best one too."""
+        """Write the last checkpoint, keep earlier ones, and if it `improved` write the best one too."""
         if not self.writes:
             return
-        if improved:  # first: a last.pt that knows of a better best.pt than there is would keep a wrong one for good
+        if improved:  # first: else a crash in between leaves a last.pt that claims a best.pt it never wrote
             save_checkpoint(self.best, state)
         for older, newer in zip(self.earlier[::-1], [*self.earlier[-2::-1], self.last], strict=True):
             if newer.exists():
                 link = older.with_suffix(".new")
                 link.unlink(missing_ok=True)
                 try:
-                    os.link(newer, link)  # a second name for the same bytes: there is a last.pt at every moment
+                    os.link(newer, link)  # a hard link, so that there is a last.pt at every moment
                 except OSError:  # a file system without hard links
                     shutil.copyfile(newer, link)
                 os.replace(link, older)
@@ -134,7 +134,7 @@ class Run:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             for unfinished in (*self.folder.glob("*.new"), *self.last.parent.glob("*.new")):
                 unfinished.unlink()  # left by a process that was killed while writing
-            for path in self.damaged:  # else `save` would put it in the place of the one that this run goes on from
+            for path in self.damaged:  # else `save` would replace the checkpoint that this run resumes from by it
                 if path.exists():
                     os.replace(path, path.with_suffix(".damaged"))
             if self.source and (self.source / "best.pt").is_file():
@@ -182,7 +182,7 @@ class Run:
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A file to write bytes to, which takes the place of `path` once it is whole and flushed to the disk."""
+    """A binary file that replaces `path` once it is complete and flushed to disk."""
     new = path.with_suffix(".new")
     try:
         with new.open("wb") as file:
@@ -196,7 +196,7 @@ def replacing(path: Path):
 
 
 def write_text(path: Path, text: str):
-    """Write the text so that `path` is always whole, as it was or as it is now. Raises `UserError`."""
+    """Replace the file's text atomically. Raises `UserError`."""
     try:
         with replacing(path) as file:
             file.write(text.encode())
@@ -205,11 +205,11 @@ def write_text(path: Path, text: str):
 
 
 def save_checkpoint(path: Path, state: dict):
-    """Write `state` so that `path` is always a whole checkpoint. Raises `UserError`, and the one before it is kept."""
+    """Replace the checkpoint atomically. Raises `UserError`, and keeps the previous one."""
     try:
         with replacing(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's writer makes its own of what the system said
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"the checkpoint {path} could not be written, the one before it is kept: {reason}") from None
 
