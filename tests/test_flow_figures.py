@@ -5,12 +5,13 @@ import re
 import numpy as np
 import torch
 from matplotlib.colors import to_hex
-from normatch.flow_training import FlowState
 
 from normatch.config import make_config
 from normatch.flows import FlowOutput
+from normatch.methods.flowgmm import FlowGMM
 from normatch.tools.flow_figures import latent_figure, plane_figure, reliability, samples_figure, temperature
 from normatch.tools.plot import COLORS
+from normatch.training.state import State
 
 
 class Levels(torch.nn.Module):
@@ -33,16 +34,16 @@ class Levels(torch.nn.Module):
 
 def test_pictures_show_what_they_say():
     # The grids have to be in float64, too.
-    moons = FlowState(make_config("moons", hidden=32, precision="fp64"), torch.device("cpu"))
+    moons = State(make_config("moons", hidden=32, precision="fp64"), FlowGMM, torch.device("cpu"))
     x, y = torch.from_numpy(moons.dataset.train_x).double(), torch.full((1000,), -1)
     y[moons.split.labeled] = torch.from_numpy(moons.dataset.train_labels[moons.split.labeled])
-    model = moons.ema.module.model
+    model = moons.average.module.density
     with torch.inference_mode():
         figure = plane_figure(model, x, y)
         panels = figure.axes
         titles = [axes.get_title().split()[0] for axes in panels[:6]]
         assert titles == ["Data,", "In", "Decision", "Samples", "Through", "Density"]
-        marks = [c for c in panels[0].collections if len(c.get_offsets()) == 5]  # the labelled points of each class
+        marks = [c for c in panels[0].collections if len(c.get_offsets()) == 5]  # the labeled points of each class
         for label, mark in enumerate(marks[-2:]):
             assert np.allclose(sorted(mark.get_offsets().tolist()), sorted(x[y == label].tolist()))
             assert to_hex(mark.get_facecolor()[0]) == COLORS[label]

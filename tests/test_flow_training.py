@@ -165,8 +165,7 @@ def test_the_rate_rises_falls_and_stays_where_weights_are_averaged():
         state = state_of(x, y, ["a", "b"], **keys, **more)
         for state.step in range(12):
             rate = state.begin_step()
-            groups = [group_rate.item() for group_rate in state.optimizer.rates]
-            assert groups == pytest.approx([rate, 2 * rate])
+            assert [tensor.item() for tensor in state.optimizer.rates] == pytest.approx([rate, 2 * rate])
             yield rate
 
     falling = [0.1 * (1 - step / 8) for step in range(8)]
@@ -244,8 +243,8 @@ def test_a_density_of_one_class_is_a_model_too(tmp_path):
     assert load_dataset("picture").classes == ["all"]
 
 
-SMALL_IMAGES = {"dataset": "digits", "num_labels": 20, "image_size": 8, "batch_size": 4, "flow_width": 4}
-SMALL_IMAGES |= {"flow_blocks": 1, "means_r": 0.3}
+DIGITS = {"dataset": "digits", "num_labels": 20, "image_size": 8, "batch_size": 4, "flow_width": 4, "flow_blocks": 1}
+SMALL_IMAGES = {**DIGITS, "means_r": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ SMALL_IMAGES |= {"flow_blocks": 1, "means_r": 0.3}
         ("flowgmm-mnist-100", {**SMALL_IMAGES, "flow": "realnvp-1x1-actnorm", "means_trainable": True}),
         # Adamax counts its steps in the host's memory and reads them there, which nobody waits for.
         ("scnf-moons", {"clip": 1.0, "optimizer": "adam"}),
-        ("scnf-mnist-100", {**SMALL_IMAGES, "ssl_dim": 16, "ssl_hd": 8, "augment": "weak", "optimizer": "adam"}),
+        ("scnf-mnist-100", {**DIGITS, "ssl_dim": 16, "ssl_hd": 8, "augment": "weak", "optimizer": "adam"}),
     ],
 )
 def test_a_step_reads_nothing_back(preset, keys, monkeypatch):
@@ -294,7 +293,7 @@ def test_a_finished_run_can_be_loaded_evaluated_and_converted(tmp_path, preset):
     state = load_checkpoint(result.out)
     state["config"]["couplings" if state["config"]["flow"] == "tabular" else "flow_blocks"] += 1
     torch.save(state, tmp_path / "wrong.pt")
-    with pytest.raises(UserError, match="the tensors of .* are not those of a flowgmm"):
+    with pytest.raises(UserError, match=r"the tensors of .* are not those of a flowgmm"):
         normatch.load(tmp_path / "wrong.pt")
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from normatch.config import make_config
 from normatch.flows import FlowClassifier, GaussianMixture, RealNVPTabular
+from normatch.methods.base import Task
 from normatch.methods.flowgmm import FlowGMM
 
 
@@ -22,19 +23,21 @@ def batch_of(b=4, u=6, views=1, features=3):
 
 
 def loss_of(model, batch, step=0, **keys):
-    return FlowGMM(model, make_config("moons", **keys))(batch, torch.tensor(step))
+    method = FlowGMM(Task((3,), ["a", "b"]), make_config("moons", **keys))
+    method.density = model
+    return method(batch, torch.tensor(step))
 
 
-@pytest.mark.parametrize("labelled_loss", ["joint", "classes"])
-def test_losses_are_those_of_the_paper(labelled_loss):
+@pytest.mark.parametrize("labeled_loss", ["joint", "classes"])
+def test_losses_are_those_of_the_paper(labeled_loss):
     model, batch = model_of(), batch_of(views=2)
-    keys = {"labelled_loss": labelled_loss, "label_weight": 2.0, "lambda_u": 0.5, "consistency_weight": 3.0}
+    keys = {"labeled_loss": labeled_loss, "label_weight": 2.0, "lambda_u": 0.5, "consistency_weight": 3.0}
     loss, metrics = loss_of(model, batch, step=5, consistency_rampup=10, **keys)
 
     x, y = batch["images"], batch["y"]
     joint = model.class_log_prob(x)  # log p(x, y = k)
     with_label = joint[:4].gather(1, y[:, None])[:, 0]
-    if labelled_loss == "joint":
+    if labeled_loss == "joint":
         expected = 2 * -with_label.mean() + 0.5 * -joint[10:].logsumexp(1).mean()
     else:
         expected = 2 * F.cross_entropy(joint[:4], y) + 0.5 * -torch.cat((joint[:4], joint[10:])).logsumexp(1).mean()
@@ -46,15 +49,15 @@ def test_losses_are_those_of_the_paper(labelled_loss):
     assert all(p.grad is not None for p in model.flow.parameters())
 
 
-def test_cross_entropy_and_marginal_of_labelled_rows_are_the_joint_objective():
+def test_cross_entropy_and_marginal_of_labeled_rows_are_the_joint_objective():
     model, batch = model_of(), batch_of(b=4, u=4)
     batch["images"][4:] = batch["images"][:4]  # the same rows, so that both marginals have the same mean
-    classes, _ = loss_of(model, batch, labelled_loss="classes", label_weight=1.0, lambda_u=1.0)
-    joint, _ = loss_of(model, batch, labelled_loss="joint", label_weight=1.0, lambda_u=0.0)
+    classes, _ = loss_of(model, batch, labeled_loss="classes", label_weight=1.0, lambda_u=1.0)
+    joint, _ = loss_of(model, batch, labeled_loss="joint", label_weight=1.0, lambda_u=0.0)
     torch.testing.assert_close(classes, joint)
 
 
-def test_labelled_only_looks_at_nothing_else():
+def test_labeled_only_looks_at_nothing_else():
     model, batch = model_of(), batch_of()
     alone, metrics = loss_of(model, batch, lambda_u=0.0)
     batch["images"][4:] = float("nan")

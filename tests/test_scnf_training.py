@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from normatch.flow_training import FlowState
 from test_scnf import randomized
 from torch import nn
 
@@ -13,7 +12,12 @@ from normatch import UserError
 from normatch.config import make_config
 from normatch.data import load_dataset, make_split
 from normatch.flows import SCNF, ConditionalFlow, PointFlow
+from normatch.methods.base import Task
 from normatch.methods.scnf import SemiConditional
+from normatch.tools.flow_figures import leave_figures
+from normatch.training.state import State
+
+CPU = torch.device("cpu")
 
 
 def toy_config(out, **keys):
@@ -30,11 +34,22 @@ def toy_config(out, **keys):
     return make_config("scnf-moons", out=str(out), progress=False, device="cpu", **keys)
 
 
+def state_of(config, dataset=None, split=None):
+    return State(config, SemiConditional, CPU, dataset=dataset, split=split)
+
+
+def loss_of(model, batch, step, **keys):
+    """A batch of points -> loss, metrics of the method with this model of three classes."""
+    method = SemiConditional(Task((2,), ["a", "b", "c"]), make_config("scnf-moons", **keys))
+    method.density = model
+    return method(batch, torch.tensor(step))
+
+
 def test_objective_is_that_of_the_paper():
     model = randomized(SCNF(PointFlow(2, 2, 8), ConditionalFlow(2, 10, 1, 2, 8), 3, class_prior=[3, 1, 1]))
     batch = {"images": torch.randn(7, 2), "y": torch.tensor([2, 0, 1]), "u_y": torch.full((4,), -1)}
-    config = make_config("scnf-moons", label_weight=1.5, cl_weight=0.3, noise=0.0, consistency_weight=0.0)
-    loss, metrics = SemiConditional(model, config)(batch, torch.tensor(0))
+    keys = {"label_weight": 1.5, "cl_weight": 0.3, "noise": 0.0, "consistency_weight": 0.0}
+    loss, metrics = loss_of(model, batch, 0, **keys)
     log_prob = model.log_prob(batch["images"], torch.cat((batch["y"], batch["u_y"])))
     weights = torch.tensor([1.5] * 3 + [1.0] * 4)
     posterior = model.class_log_prob(batch["images"][:3]).log_softmax(1)
@@ -48,13 +63,10 @@ def test_consistency_asks_for_the_class_of_the_other_view():
     x = torch.randn(3 + 2 * 4, 2)
     batch = {"images": x, "y": torch.tensor([2, 0, 1]), "u_y": torch.full((4,), -1)}
 
-    def loss_of(weight):
-        keys = {"noise": 0.0, "consistency_weight": weight, "consistency_rampup": 10}
-        return SemiConditional(model, make_config("scnf-moons", **keys))(batch, torch.tensor(5))
-
-    without, _ = loss_of(0.0)
-    loss, metrics = loss_of(2.0)
-    of_other = model.class_log_prob(x[3:7]).argmax(1)  # the second views are learnt from
+    keys = {"noise": 0.0, "consistency_rampup": 10}
+    without, _ = loss_of(model, batch, 5, consistency_weight=0.0, **keys)
+    loss, metrics = loss_of(model, batch, 5, consistency_weight=2.0, **keys)
+    of_other = model.class_log_prob(x[3:7]).argmax(1)  # the second views are learned from
     expected = nn.functional.cross_entropy(model.class_log_prob(x[7:]), of_other)
     torch.testing.assert_close(metrics["loss_consistency"][0], expected.detach())
     torch.testing.assert_close(loss - without, 0.5 * 2.0 * expected)
@@ -65,17 +77,18 @@ def test_a_run_learns_resumes_and_leaves_its_pictures(tmp_path):
     assert result.test_accuracy > 80
     assert {"plane.png", "latent.png", "summary.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert normatch.evaluate(tmp_path / "run")["test_accuracy"] == pytest.approx(result.test_accuracy, abs=0.11)
-    begun = FlowState(toy_config(tmp_path / "more", pretrained=str(tmp_path / "run")), torch.device("cpu"))
+    begun = state_of(toy_config(tmp_path / "more", pretrained=str(tmp_path / "run")))
     assert begun.evaluate(last=True)["test_accuracy"] == pytest.approx(result.test_accuracy, abs=0.11)
 
 
 def test_mixture_trains(tmp_path):
-    state = FlowState(toy_config(tmp_path, ssl_model="cond-shift"), torch.device("cpu"))
+    state = state_of(toy_config(tmp_path, ssl_model="cond-shift"))
     losses = []
     for step, batch in zip(range(30), state.batches(0), strict=False):
-        loss, _ = state.objective.train()(batch, torch.tensor(step))
+        loss, _ = state.method.train()(batch, torch.tensor(step))
         state.begin_step()
-        state.update(list(torch.autograd.grad(loss, state.trained())))
+        state.optimizer.step(list(torch.autograd.grad(loss, state.optimizer.trained)))
+        state.average.update()
         losses.append(float(loss.detach()))
     assert sum(losses[-5:]) < sum(losses[:5])
 
@@ -92,15 +105,16 @@ def test_x_train_as_they_are(tmp_path):
     keys = {"flow": "mnist-masked", "noise": 0.0, "flow_width": 4, "ssl_dim": 16, "ssl_k": 1, "ssl_l": 2}
     keys |= {"batch_size": 10, "uratio": 2}
     split = make_split(few, 20, seed=0)
-    state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"), few, split)
+    state = state_of(toy_config(tmp_path, dataset="digits", **keys), few, split)
     batch = next(iter(state.batches(0)))
     pixels = torch.from_numpy(few.train_x[batch["u_index"].numpy(), :, :, 0]) / 255
     torch.testing.assert_close(batch["images"][10:, 0], pixels)
-    loss, _ = state.objective.train()(batch, torch.tensor(0))
+    loss, _ = state.method.train()(batch, torch.tensor(0))
     state.begin_step()
-    state.update(list(torch.autograd.grad(loss, state.trained())))
+    state.optimizer.step(list(torch.autograd.grad(loss, state.optimizer.trained)))
+    state.average.update()
     assert state.finite() and 0 <= state.evaluate(last=True)["test_accuracy"] <= 100
-    state.leave_figures(tmp_path)
+    leave_figures(tmp_path, state.average.module, state.dataset, state.split)
     assert (tmp_path / "samples.png").is_file()
 
 
@@ -114,8 +128,8 @@ def test_published_model_can_be_begun_with(tmp_path):
         "batch_size": 10,
         "uratio": 1,
     }
-    state = FlowState(toy_config(tmp_path, dataset="digits", **keys), torch.device("cpu"))
-    ours = {name: torch.randn_like(value) for name, value in state.objective.model.state_dict().items()}
+    state = state_of(toy_config(tmp_path, dataset="digits", **keys))
+    ours = {name: torch.randn_like(value) for name, value in state.method.density.state_dict().items()}
     names = (("f.layers.", "flow.modules_."), ("h.layers.", "prior.flow.modules_."))
     names += (("embedding", "prior.flow.embeddings.weight"), ("aux_rho", "prior.shallow_prior.logsigma"))
     names += (("deep_rho", "prior.deep_prior.logsigma"),)
@@ -125,15 +139,13 @@ def test_published_model_can_be_begun_with(tmp_path):
             if name.startswith(own):
                 published[theirs + name.removeprefix(own)] = value
     torch.save(published, tmp_path / "model.torch")
-    begun = FlowState(
-        toy_config(tmp_path, dataset="digits", pretrained=str(tmp_path / "model.torch"), **keys), torch.device("cpu")
-    )
-    for name, value in begun.objective.model.state_dict().items():
+    begun = state_of(toy_config(tmp_path, dataset="digits", pretrained=str(tmp_path / "model.torch"), **keys))
+    for name, value in begun.method.density.state_dict().items():
         assert name == "log_prior" or torch.equal(value, ours[name]), name
     with pytest.raises(UserError, match="another architecture"):
-        FlowState(toy_config(tmp_path, pretrained=str(tmp_path / "model.torch")), torch.device("cpu"))
+        state_of(toy_config(tmp_path, pretrained=str(tmp_path / "model.torch")))
     with pytest.raises(UserError, match="there is no checkpoint"):
-        FlowState(toy_config(tmp_path, pretrained=str(tmp_path / "none.torch")), torch.device("cpu"))
+        state_of(toy_config(tmp_path, pretrained=str(tmp_path / "none.torch")))
 
 
 PUBLISHED = """
@@ -190,4 +202,4 @@ def test_sizes_that_cannot_be_are_named(tmp_path):
         ({"flow": "mnist-masked"}, "take --flow tabular"),
     ):
         with pytest.raises(UserError, match=message):
-            FlowState(toy_config(tmp_path, **keys), torch.device("cpu"))
+            state_of(toy_config(tmp_path, **keys))
