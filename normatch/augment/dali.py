@@ -128,10 +128,10 @@ def affine_matrix(op: str, value: float, height: int, width: int) -> np.ndarray:
 
     a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     if op == "TranslateX":
-        return np.array([[1, 0, math.floor(value + 0.5)], [0, 1, 0]], np.float32)
-    if op == "TranslateY":
-        return np.array([[1, 0, 0], [0, 1, math.floor(value + 0.5)]], np.float32)
-    if op == "ShearX":
+        c = math.floor(value + 0.5)
+    elif op == "TranslateY":
+        f = math.floor(value + 0.5)
+    elif op == "ShearX":
         b = value
     elif op == "ShearY":
         d = value

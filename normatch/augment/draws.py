@@ -64,28 +64,22 @@ def draw_parameters(
     n = policy.num_ops if strong else 0
     words = random_words(seed, visit, samples, view, 8 + 4 * n if strong else 4)
     count = len(words)
-    if not strong:
-        op, applied, value = (np.zeros((count, 0), dtype) for dtype in (np.int32, bool, np.float32))
-        box = np.tile(np.array([0, 0, -1, -1], np.int32), (count, 1))
+    per_op = words[:, 8:].reshape(count, n, 4)
+    pool = np.array([OPS.index(name) for name in policy.ops], np.int32)
+    op = pool[_below(per_op[..., 0], len(pool))]
+    table = op_values(policy, height, width)
+    if policy.levels:
+        value = table[op, _below(per_op[..., 1], policy.levels - 1)]
     else:
-        per_op = words[:, 8:].reshape(count, n, 4)
-        pool = np.array([OPS.index(name) for name in policy.ops], np.int32)
-        op = pool[_below(per_op[..., 0], len(pool))]
-        table = op_values(policy, height, width)
-        if policy.levels:
-            value = table[op, _below(per_op[..., 1], policy.levels - 1)]
-        else:
-            lo, hi = table[op, 0], table[op, 1]
-            value = lo + _unit(per_op[..., 1]) * (hi - lo)
-        applied = _unit(per_op[..., 2]) < np.float32(policy.probability)
-        if policy.random_sign:
-            geometric = np.isin(OPS, GEOMETRIC)[op]
-            value = np.where(_coin(per_op[..., 3]) & geometric, -value, value)
-
+        lo, hi = table[op, 0], table[op, 1]
+        value = lo + _unit(per_op[..., 1]) * (hi - lo)
+    if policy.random_sign:
+        value = np.where(_coin(per_op[..., 3]) & np.isin(OPS, GEOMETRIC)[op], -value, value)
+    box = np.tile(np.array([0, 0, -1, -1], np.int32), (count, 1))
+    if strong:
+        side = (_unit(words[:, 4]) * np.float32(policy.cutout_fraction)) * np.float32(width)
         if policy.cutout_pixels:
             side = np.full(count, policy.cutout_pixels, np.float32)
-        else:
-            side = (_unit(words[:, 4]) * np.float32(policy.cutout_fraction)) * np.float32(width)
         center = []
         for word, size in ((words[:, 5], np.float32(width)), (words[:, 6], np.float32(height))):
             center.append(size + _unit(word) * (1 - size) if policy.cutout_downwards else _unit(word) * size)
@@ -95,7 +89,7 @@ def draw_parameters(
         row=_below(words[:, 1], 2 * (height // 8) + 1),
         col=_below(words[:, 2], 2 * (width // 8) + 1),
         op=op,
-        applied=applied,
+        applied=_unit(per_op[..., 2]) < np.float32(policy.probability),
         value=value,
         box=box,
     )

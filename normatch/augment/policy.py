@@ -1,7 +1,7 @@
 """Augmentation policies: what a view may undergo, as data."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,65 +17,45 @@ OPS = (
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
+_BLENDS = {op: (0.05, 0.95) for op in ("Brightness", "Color", "Contrast", "Sharpness")}
+
+
+def _ranges(sign: int, solarize: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    """The published ranges; angles, shears and translations begin at `sign` times their end."""
+    moves = {op: (sign * 0.3, 0.3) for op in ("ShearX", "ShearY", "TranslateX", "TranslateY")}
+    return {**_BLENDS, "Posterize": (4, 8), "Rotate": (sign * 30, 30), "Solarize": solarize, **moves}
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity, so that functions of a policy can be cached
 class Policy:
-    """An augmentation, as data. Sizes not in pixels are fractions of the image's width or height."""
+    """An augmentation, as data. Sizes not in pixels are fractions of the image's width or height.
 
-    num_ops: int  # drawn with replacement from `ops`; 0: the strong view is a second weak one
-    ranges: dict[str, tuple[float, float]]  # lo, hi of each operation with a parameter
-    levels: int  # > 0: value = lo + (hi - lo) v / levels with an integer v in 1..levels-1; 0: uniform in [lo, hi)
-    probability: float  # that a drawn operation is applied
-    random_sign: bool  # negate the value of a geometric operation with probability 1/2
-    whole_pixels: bool  # translations are truncated to whole pixels
-    padding: str  # of the random crop, in the weak views too: "reflect" or "zero"
-    ops_first: bool  # operations, cutout, flip, crop; otherwise flip, crop, operations, cutout
-    cutout_pixels: int  # side of the square; 0: drawn from [0, cutout_fraction) of the width
-    cutout_fraction: float
-    cutout_downwards: bool  # the center is drawn from (1, W], down from W; otherwise from [0, W)
-    cutout_fill: tuple[int, int, int]
+    The defaults are RandAugmentMC(n=2, m=10) of kekmodel's PyTorch FixMatch, which NorMatch uses.
+    """
+
+    num_ops: int = 2  # drawn with replacement from `ops`; 0: the strong view is a second weak one
+    # lo, hi of each operation with a parameter
+    ranges: dict[str, tuple[float, float]] = field(default_factory=lambda: _ranges(0, (256, 0)))
+    levels: int = 10  # > 0: value = lo + (hi - lo) v / levels with an integer v in 1..levels-1; 0: uniform in [lo, hi)
+    probability: float = 0.5  # that a drawn operation is applied
+    random_sign: bool = True  # negate the value of a geometric operation with probability 1/2
+    whole_pixels: bool = True  # translations are truncated to whole pixels
+    padding: str = "reflect"  # of the random crop, in the weak views too: "reflect" or "zero"
+    ops_first: bool = False  # operations, cutout, flip, crop; otherwise flip, crop, operations, cutout
+    cutout_pixels: int = 16  # side of the square, for any image size; 0: drawn from [0, cutout_fraction) of the width
+    cutout_fraction: float = 0.0
+    cutout_downwards: bool = False  # the center is drawn from (1, W], down from W; otherwise from [0, W)
+    cutout_fill: tuple[int, int, int] = (127, 127, 127)
     ops: tuple[str, ...] = OPS
     flip: bool = True  # whether views may be mirrored, where the images allow it
 
 
-_BLENDS = {op: (0.05, 0.95) for op in ("Brightness", "Color", "Contrast", "Sharpness")}
 POLICIES = {
-    # RandAugmentMC(n=2, m=10) of kekmodel's PyTorch FixMatch, which NorMatch uses.
-    "kekmodel": Policy(
-        num_ops=2,
-        ranges={
-            **_BLENDS,
-            "Posterize": (4, 8),
-            "Rotate": (0, 30),
-            "ShearX": (0, 0.3),
-            "ShearY": (0, 0.3),
-            "Solarize": (256, 0),
-            "TranslateX": (0, 0.3),
-            "TranslateY": (0, 0.3),
-        },
-        levels=10,
-        probability=0.5,
-        random_sign=True,
-        whole_pixels=True,
-        padding="reflect",
-        ops_first=False,
-        cutout_pixels=16,  # for any image size
-        cutout_fraction=0.0,
-        cutout_downwards=False,
-        cutout_fill=(127, 127, 127),
-    ),
+    "kekmodel": Policy(),
     # RandAugment(3, 5) of LeeDoYup's PyTorch FixMatch.
     "leedoyup": Policy(
         num_ops=3,
-        ranges={
-            **_BLENDS,
-            "Posterize": (4, 8),
-            "Rotate": (-30, 30),
-            "ShearX": (-0.3, 0.3),
-            "ShearY": (-0.3, 0.3),
-            "Solarize": (0, 256),
-            "TranslateX": (-0.3, 0.3),
-            "TranslateY": (-0.3, 0.3),
-        },
+        ranges=_ranges(-1, (0, 256)),
         levels=0,
         probability=1.0,
         random_sign=False,
@@ -96,7 +76,7 @@ POLICIES["fixmatch-paper"] = replace(
     padding="reflect",
     ops_first=False,
     cutout_downwards=False,
-    cutout_fill=(127, 127, 127),
+    cutout_fill=Policy.cutout_fill,
 )
 # Flip and shift only: the strong view is a second weak one.
 POLICIES["weak"] = replace(POLICIES["kekmodel"], num_ops=0, cutout_pixels=0)
@@ -136,9 +116,7 @@ def find_policy(name: str) -> Policy:
         near = nearest(wrong, POLICIES if base not in POLICIES else known)
         raise UserError(f"policy {name}: there is no '{wrong}'{near}; fields are base, {', '.join(known)}")
     try:
-        for field, value in fields.items():
-            if isinstance(value, list):
-                fields[field] = tuple(value)
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         if "ranges" in fields:
             given = {op: (float(lo), float(hi)) for op, (lo, hi) in fields["ranges"].items()}
             fields["ranges"] = POLICIES[base].ranges | given
@@ -151,14 +129,17 @@ def find_policy(name: str) -> Policy:
 
 def _check_policy(p: Policy) -> None:
     """Raises ValueError for a policy that cannot be applied."""
-    for field in Policy.__dataclass_fields__.values():
-        value, kind = getattr(p, field.name), field.type
+    for name, kind in Policy.__annotations__.items():
+        value = getattr(p, name)
         if kind not in (int, float, bool, str):  # checked below
             continue
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{field.name} is {value!r}, not {kind.__name__}")
+            raise ValueError(f"{name} is {value!r}, not {kind.__name__}")
     unknown = [op for op in (*p.ops, *p.ranges) if op not in OPS]
+    shift, shear = (
+        max(abs(v) for axis in "XY" for v in p.ranges.get(name + axis, (0, 0))) for name in ("Translate", "Shear")
+    )
     limits = {
         f"unknown operation {unknown[:1]}: there are {', '.join(OPS)}": bool(unknown),
         f"num_ops may be 0 to {MAX_OPS}": not 0 <= p.num_ops <= MAX_OPS,
@@ -171,12 +152,8 @@ def _check_policy(p: Policy) -> None:
         or any(not isinstance(v, int) or not 0 <= v <= 255 for v in p.cutout_fill),
         "cutout sizes must not be negative": p.cutout_pixels < 0 or not 0 <= p.cutout_fraction <= 1,
         "Posterize keeps 0 to 8 bits": not all(0 <= bits <= 8 for bits in p.ranges.get("Posterize", (4, 8))),
-        "TranslateX and TranslateY may move by the image's size at most": any(
-            abs(v) > 1 for op in ("TranslateX", "TranslateY") for v in p.ranges.get(op, (0, 0))
-        ),
-        "ShearX and ShearY may be -2 to 2": any(
-            abs(v) > 2 for op in ("ShearX", "ShearY") for v in p.ranges.get(op, (0, 0))
-        ),
+        "TranslateX and TranslateY may move by the image's size at most": shift > 1,
+        "ShearX and ShearY may be -2 to 2": shear > 2,
     }
     for message, broken in limits.items():
         if broken:
