@@ -68,7 +68,7 @@ def test_flows_are_compared_and_finished_runs_not_repeated(tmp_path, monkeypatch
     table = compare("moons", "scnf-moons", steps=4, **settings)
     assert "| flowgmm |" in table and "| scnf |" in table and table.count("| kNN |") == 1
     assert (tmp_path / "scnf-moons-0" / "summary.json").stat().st_mtime_ns == began
-    with pytest.raises(UserError, match="scnf-moons-0 holds a run with another steps"):
+    with pytest.raises(UserError, match="scnf-moons-0 was made with steps=4, this run has steps=8"):
         compare("scnf-moons", steps=8, **settings)
 
 

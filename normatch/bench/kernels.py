@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from .. import ops, reference
 from ..errors import UserError
+from ..tools.plot import new_figure
 from . import rivals
 from .measure import BYTES, Case, compare, copy_roof, keep_memory, machine, write_json
 
@@ -205,19 +206,21 @@ def run(options) -> int:
     return _compare(before, result, options.tolerance) if before else 0
 
 
-_HEADER = (
-    f"  {'provider':<20}{'ms':>10}{'GB/s':>9}{'% of copy':>11}{'GFLOP/s':>10}{'operations':>12}{'launches':>10}"
-    f"{'ours is faster':>16}"
-)
+_ROW = "  {:<20}{:>10}{:>9}{:>11}{:>10}{:>12}{:>10}{:>16}"
+_HEADER = _ROW.format(
+    "provider", "ms", "GB/s", "% of copy", "GFLOP/s", "operations", "launches", "ours is faster"
+)  # fmt: skip
 
 
-def _line(record: dict) -> str:
-    count, launches = ("" if record[key] is None else record[key] for key in ("operations", "launches"))
-    faster = "" if record["provider"] == "normatch" else f"{record['speedup']:.2f} x"
-    return (
-        f"  {record['provider']:<20}{1e3 * record['seconds']:>10.4f}{record['gb_per_s']:>9.2f}"
-        f"{record['percent_of_copy']:>11.1f}{record['gflop_per_s']:>10.1f}{count:>12}{launches:>10}{faster:>16}"
+def _line(r: dict) -> str:
+    counts = ("" if r[key] is None else r[key] for key in ("operations", "launches"))
+    rates = (
+        f"{1e3 * r['seconds']:.4f}",
+        f"{r['gb_per_s']:.2f}",
+        f"{r['percent_of_copy']:.1f}",
+        f"{r['gflop_per_s']:.1f}",
     )
+    return _ROW.format(r["provider"], *rates, *counts, "" if r["provider"] == "normatch" else f"{r['speedup']:.2f} x")
 
 
 def _load(path: Path) -> dict:
@@ -247,22 +250,17 @@ def _compare(before: dict, now: dict, tolerance: float) -> int:
 
 def draw(result: dict, path: Path) -> None:
     """Time against size for every op and direction; the roof is the time to copy the bytes that must move."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = [r for r in result["records"] if r["dtype"] == "float32"] or result["records"]
     panels = list(dict.fromkeys((r["op"], r["direction"]) for r in records))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 4 * lines), squeeze=False, layout="constrained")
+    figure, grid = new_figure(lines, columns, (4.4 * columns, 4 * lines))
     colors = dict(zip(dict.fromkeys(r["provider"] for r in records), (f"C{i}" for i in range(10)), strict=False))
     colors["normatch"] = "#c1440e"
     labeled = {}
-    for axis in axes.flat[len(panels) :]:
+    for axis in grid[len(panels) :]:
         axis.remove()
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    for axis, panel in zip(grid, panels, strict=False):
         shown = sorted((r for r in records if (r["op"], r["direction"]) == panel), key=lambda r: r["elements"])
         sizes = list(dict.fromkeys(r["size"] for r in shown))  # a tick each, as some sizes have equally many elements
         for name, color in colors.items():
@@ -277,4 +275,3 @@ def draw(result: dict, path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     figure.legend(labeled.values(), labeled.keys(), loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

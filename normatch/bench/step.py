@@ -9,9 +9,9 @@ take turns in one process, step by step, after their losses have been compared.
 import copy
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from unittest import mock
 
 import torch
@@ -59,20 +59,20 @@ def run(options) -> int:
     print(f"{facts['device']}, {facts['threads']} threads, PyTorch {facts['torch']}")
     check_agreement(config, device)
     providers = make_providers(config, device, compiled=not options.no_compile)
-    bf16 = providers["normatch"].setup.bf16
+    bf16 = providers["normatch"][0].bf16
     print(
         f"{config.method}, {config.backbone}, {config.dataset}: {batch_size} labelled and 2 x {config.uratio} x "
         f"{batch_size} unlabelled views a step; ours in {'bf16' if bf16 else 'fp32'}, channels-last"
     )
     try:  # three rounds of warm-up, which compile too; the pause keeps workers from preparing views in another's time
-        calls = {name: provider.step for name, provider in providers.items()}
+        calls = {name: lambda step=step, its=its: step(next(its)) for name, (step, its) in providers.items()}
         seconds = medians(
             side_by_side(calls, device.type, options.rounds, repeat=1, warmup=3, pause={"published": 0.1})
         )
         parts = breakdown(config, device, options.rounds)
     finally:
-        for provider in providers.values():
-            provider.close()
+        for _, batches in providers.values():
+            batches.close()
     best = min((name for name in seconds if name.startswith("normatch")), key=seconds.get)
     rest = {name: 1 - seconds[f"backbone{name.removeprefix('normatch')}"] / seconds[name]
             for name in seconds if name.startswith("normatch")}  # fmt: skip
@@ -105,50 +105,45 @@ def report(seconds: dict, rest: dict, parts: dict) -> None:
 # ---- the training core: the rest of this file knows nothing of it
 
 
-@dataclass
-class Setup:
-    """A run that is ready for step `first`: its networks, the averaged classifier, and our step, batch -> loss."""
+class OurStep:
+    """A run that is ready for step `first`: its networks and its batches; called with a batch it takes our step.
 
-    config: Config
-    classifier: nn.Module
-    flows: nn.ModuleList | tuple
-    averaged: nn.Module
-    bf16: bool
-    batches: Callable[[], Batches]
-    step: Callable[[dict], torch.Tensor]
-    first: int
+    closed: whether flow heads are in plain PyTorch.   mode: of torch.compile.
+    """
 
+    def __init__(self, config: Config, device: torch.device, closed=False, mode: str | None = None, first: int = 0):
+        torch.manual_seed(config.seed)
+        self.config, self.first = config, first
+        self.state = state = State(config, method_class(config.method), device)
+        state.method.train()
+        state.step = first
+        state.device_step.fill_(first)
+        self.classifier, self.bf16 = state.method.classifier, state.method.bf16
+        self.flows, self.averaged = getattr(state.method, "flows", ()), state.average.module.classifier
+        for head in self.flows if closed else ():
+            head.forward = MethodType(_closed_forward, head)
+        self.update = TrainStep(state, mode)
 
-def make_state(config: Config, device: torch.device, first: int = 0) -> State:
-    torch.manual_seed(config.seed)
-    state = State(config, method_class(config.method), device)
-    state.method.train()
-    state.step = first
-    state.device_step.fill_(first)
-    return state
+    def batches(self) -> Batches:
+        return self.state.batches(0)
 
-
-def set_up(config: Config, device: torch.device, closed=False, mode: str | None = None, first: int = 0) -> Setup:
-    """closed: whether flow heads are in plain PyTorch.   mode: of torch.compile."""
-    state = make_state(config, device, first)
-    method, flows = state.method, getattr(state.method, "flows", ())
-    for i, head in enumerate(flows if closed else ()):
-        flows[i] = ClosedHead(head)
-    update = TrainStep(state, mode)
-
-    def step(batch):
-        state.begin_step()
-        metrics = update([batch])
-        state.meter.add(metrics)
+    def __call__(self, batch: dict) -> torch.Tensor:
+        """-> the loss."""
+        self.state.begin_step()
+        metrics = self.update([batch])
+        self.state.meter.add(metrics)
         return metrics["loss"][0]
 
-    averaged = state.average.module.classifier
-    return Setup(config, method.classifier, flows, averaged, method.bf16, lambda: state.batches(0), step, first)
+
+def _closed_forward(head: FlowHead, x) -> FlowOutput:
+    """In vectorized plain PyTorch and without dropout."""
+    values = [value for coupling in head.couplings for value in coupling.tensors()]
+    return FlowOutput(*closed_head(x, *head.prior_parameters(), *values))
 
 
 def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, float]:
     """part -> its median seconds in our eager step, with a synchronization after each part."""
-    state, laps = make_state(config, device), Laps(device.type)
+    state, laps = OurStep(config, device).state, Laps(device.type)
     method, batches, groups = state.method, state.batches(0), state.method.groups()
     sgd = Optimizer([group for group in groups if group["optimizer"] == "sgd"])
     adamw = Optimizer([group for group in groups if group["optimizer"] == "adamw"])
@@ -196,36 +191,22 @@ def breakdown(config: Config, device: torch.device, rounds: int) -> dict[str, fl
 # ---- the rivals
 
 
-class Provider:
-    """One formulation of the step, on batches of its own."""
-
-    def __init__(self, setup: Setup, step: Callable[[dict], object], batches=None):
-        self.setup, self._step, self.batches = setup, step, batches or setup.batches()
-
-    def step(self):
-        self._step(next(self.batches))
-
-    def close(self):
-        self.batches.close()
-
-
 PUBLISHED = {
     "precision": "fp32", "channels_last": False, "compat": "reference", "augment_backend": "pil", "num_workers": 2,
 }  # fmt: skip
 
 
-def make_providers(config: Config, device: torch.device, compiled: bool) -> dict[str, Provider]:
-    """The published step, the closed form, ours, and the backbone alone, eager and compiled."""
-    setup = set_up(config.model_copy(update=PUBLISHED), device)
-    providers = {"published": Provider(setup, published_step(setup))}
+def make_providers(config: Config, device: torch.device, compiled: bool) -> dict[str, tuple[Callable, Iterator]]:
+    """-> the published step, the closed form, ours, and the backbone alone, eager and compiled; the batches of each."""
+    published = OurStep(config.model_copy(update=PUBLISHED), device)
+    providers = {"published": (published_step(published), published.batches())}
     for suffix, mode in (("", None), (", compiled", "default"))[: 1 + compiled]:
-        if setup.flows:
-            closed = set_up(config, device, closed=True, mode=mode)
-            providers["closed form" + suffix] = Provider(closed, closed.step)
-        ours = set_up(config, device, mode=mode)
-        providers["normatch" + suffix] = Provider(ours, ours.step)
-        alone = set_up(config, device)
-        providers["backbone" + suffix] = Provider(alone, _backbone_step(alone, mode), _repeat_first(alone.batches()))
+        if published.flows:
+            closed = OurStep(config, device, closed=True, mode=mode)
+            providers["closed form" + suffix] = closed, closed.batches()
+        ours, alone = OurStep(config, device, mode=mode), OurStep(config, device)
+        providers["normatch" + suffix] = ours, ours.batches()
+        providers["backbone" + suffix] = _backbone_step(alone, mode), _repeat_first(alone.batches())
     return providers
 
 
@@ -236,9 +217,9 @@ def _repeat_first(batches: Batches):
         yield batch
 
 
-def _backbone_step(setup: Setup, mode: str | None):
+def _backbone_step(ours: OurStep, mode: str | None):
     """Only the backbone's forward and backward pass."""
-    backbone, bf16 = setup.classifier.backbone, setup.bf16
+    backbone, bf16 = ours.classifier.backbone, ours.bf16
     parameters = [p for p in backbone.parameters() if p.requires_grad]
 
     def once(batch):
@@ -248,19 +229,6 @@ def _backbone_step(setup: Setup, mode: str | None):
         return torch.autograd.grad(features.float().square().mean(), parameters, allow_unused=True)
 
     return torch.compile(once, mode=mode, fullgraph=True) if mode else once
-
-
-class ClosedHead(FlowHead):
-    """A flow head with the parameters of `head`, in vectorized plain PyTorch and without dropout."""
-
-    def __init__(self, head: FlowHead):
-        super().__init__(head.features, head.classes)
-        self.couplings = head.couplings
-        self.means, self.rho, self.mixture_logits = head.prior_parameters()
-
-    def forward(self, x):
-        values = [value for coupling in self.couplings for value in coupling.tensors()]
-        return FlowOutput(*closed_head(x, self.means, self.rho, self.mixture_logits, *values))
 
 
 # ---- the published step
@@ -301,16 +269,16 @@ class PublishedFlow(nn.Module):
         return x, logdet, published_mixture(x, *self.prior, eps=1e-6), log_prob + logdet
 
 
-def published_step(setup: Setup):
+def published_step(ours: OurStep):
     """-> a function of a batch (fp32, made contiguous) that takes the published step and returns its loss."""
-    config, classifier, averaged = setup.config, setup.classifier, setup.averaged
-    flow = PublishedFlow(setup.flows[0]) if setup.flows else None
+    config, classifier, averaged = ours.config, ours.classifier, ours.averaged
+    flow = PublishedFlow(ours.flows[0]) if ours.flows else None
     groups = decay_groups(classifier, config.weight_decay)
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
     if flow:
         trained = [*flow.parameters(), *flow.prior]
         adamw = torch.optim.AdamW(trained, lr=config.flow_lr, weight_decay=config.weight_decay)
-    queue, read, steps = [], [], itertools.count(setup.first)
+    queue, read, steps = [], [], itertools.count(ours.first)
 
     def losses(batch):
         images, y = batch["images"].contiguous(), batch["y"]
@@ -380,11 +348,11 @@ def check_agreement(config: Config, device: torch.device) -> None:
     config = config.model_copy(update={**same, "steps": 2**20, "warmup": 0})  # a constant rate
     results = {}
     for name in ("published", "closed form", "normatch"):
-        setup = set_up(config, device, closed=name == "closed form", first=2048)  # where the flow losses count
-        batch, before = next(setup.batches()), copy.deepcopy(setup.averaged)
-        step = published_step(setup) if name == "published" else setup.step
+        ours = OurStep(config, device, closed=name == "closed form", first=2048)  # where the flow losses count
+        batch, before = next(ours.batches()), copy.deepcopy(ours.averaged)
+        step = published_step(ours) if name == "published" else ours
         results[name] = [step(batch).item() for _ in range(2)]
-        pairs = zip(setup.averaged.parameters(), before.parameters(), strict=True)
+        pairs = zip(ours.averaged.parameters(), before.parameters(), strict=True)
         results[name].append(sum((after - first).abs().sum() for after, first in pairs).item())
     # The published negative log-likelihood has a constant, D ln 256, times r = 0.4 and its weight of about 1e-6.
     wanted = results["published"]

@@ -63,11 +63,10 @@ def augment(options) -> int:
             backends.remove(backend)
             _say(options, {"backend": backend, "left_out": str(error)})
     check(dataset, policy, backends, device)
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    records = []
+    cores, records = _cores(), []
     for count in sorted({1, len(cores)}):
         for kind in KINDS:
-            with limited_to(sorted(cores)[:count]), ExitStack() as pools:
+            with limited_to(cores[:count]), ExitStack() as pools:
                 makers = {b: maker(b, dataset, policy, kind, count, device, pools) for b in backends}
                 calls = {backend: make for backend, (make, _) in makers.items()}
                 # DALI prepares views in the background: give it time to finish.
@@ -91,16 +90,20 @@ def augment(options) -> int:
 @contextmanager
 def limited_to(cores: list[int]):
     """Within, this process and the threads that it starts run on these cores."""
-    threads, before = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    threads, before = torch.get_num_threads(), _cores()
+    limit = getattr(os, "sched_setaffinity", lambda process, cores: None)
     try:
         torch.set_num_threads(len(cores))
-        if before:
-            os.sched_setaffinity(0, cores)
+        limit(0, cores)
         yield
     finally:
         torch.set_num_threads(threads)
-        if before:
-            os.sched_setaffinity(0, before)
+        limit(0, before)
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def make_draws(dataset: Dataset, kind: str, round_: int) -> np.ndarray:
@@ -113,53 +116,44 @@ def make_draws(dataset: Dataset, kind: str, round_: int) -> np.ndarray:
 def maker(backend, dataset: Dataset, policy, kind, cores: int, device, pools: ExitStack, dtype=torch.float32):
     """-> a function that makes some views, and how many; `pools` ends the processes that it needs."""
     prepared = [make_draws(dataset, kind, i) for i in range(4)]
-    if backend == "native":
-        images = torch.from_numpy(dataset.train_x).to(device)
-        on_device = [torch.from_numpy(d).to(device) for d in prepared]
-
-        def make():
-            for draws in on_device:
-                ops.augment_views(images, draws, policy, 0, dataset.mean, dataset.std, dtype, dataset.flip)
-
-        return make, BATCH * len(prepared)
     if backend == "dali":
         endless = (prepared[i % 4] for i in range(10**9))
         views = Views(dataset.train_x, policy, 0, BATCH, endless, device, dataset.mean, dataset.std, dataset.flip,
                       num_threads=cores)  # fmt: skip
 
-        def make():
+        def next_batches():
             for _ in range(12):  # of which at most two were made before the clock started
                 next(views)[1].to(dtype)
 
-        return make, BATCH * 12
-    plain = _Plain(dataset, policy, prepared, dtype)
+        return next_batches, BATCH * 12
+    op, place = (ops.augment_views, device) if backend == "native" else (reference.augment_views, "cpu")
+    images, *prepared = (torch.from_numpy(values).to(place) for values in (dataset.train_x, *prepared))
+
+    def make(i: int) -> None:
+        op(images, prepared[i % 4], policy, 0, dataset.mean, dataset.std, dtype, dataset.flip)
+
+    if backend == "native":
+        return lambda: list(map(make, range(4))), BATCH * 4
     if cores == 1:
-        return lambda: plain(0), BATCH
+        return lambda: make(0), BATCH
     # Processes that start with the call and return nothing: the workers of a loader would work ahead, unseen.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _Plain.keep, (plain,))
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _Worker.start, (make,))
     pools.enter_context(pool)
-    return lambda: list(pool.map(_Plain.kept, range(2 * cores))), BATCH * 2 * cores
+    return lambda: list(pool.map(_Worker.run, range(2 * cores))), BATCH * 2 * cores
 
 
-class _Plain:
-    """Makes views by Pillow, also in a worker process."""
+class _Worker:
+    """What a process of the pool holds: the function that makes batch i, which only a fork can hand over."""
 
-    def __init__(self, dataset: Dataset, policy, draws, dtype):
-        self.dataset, self.policy, self.draws, self.dtype = dataset, policy, draws, dtype
-
-    def __call__(self, i: int) -> None:
-        d = self.dataset
-        draws, images = torch.from_numpy(self.draws[i % len(self.draws)]), torch.from_numpy(d.train_x)
-        reference.augment_views(images, draws, self.policy, 0, d.mean, d.std, self.dtype, d.flip)
-
-    def keep(self) -> None:
+    @classmethod
+    def start(cls, make) -> None:
         gc.freeze()  # this process must not destroy the parent's objects, DALI's threads least of all
         torch.set_num_threads(1)
-        _Plain.mine = self
+        cls.make = staticmethod(make)
 
-    @staticmethod
-    def kept(i: int) -> None:
-        _Plain.mine(i)
+    @classmethod
+    def run(cls, i: int) -> None:
+        cls.make(i)
 
 
 def check(dataset: Dataset, policy, backends, device) -> None:

@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..bench.measure import markdown, write_json
 from ..config import FLOWS, make_config, presets, read_config
 from ..data import TABLES, Split, load_dataset, make_split, standardize
 from ..errors import UserError, nearest
@@ -76,31 +78,25 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def network(x, y, unlabeled, test, angular, seed):
-    """Three layers of 512 with dropout 0.5, cross-entropy on the labeled rows, AdamW 1e-3 with a cosine, 300 steps."""
-    return _train_network(x, y, unlabeled, test, seed, weight=0.0)
+def network(x, y, unlabeled, test, angular, seed, weight=0.0):
+    """Three layers of 512 with dropout 0.5, cross-entropy on the labeled rows, AdamW 1e-3 with a cosine, 300 steps.
 
-
-def pi_model(x, y, unlabeled, test, angular, seed):
-    """The network, and two passes of dropout over 500 unlabeled rows per step that have to agree (weight 30)."""
-    return _train_network(x, y, unlabeled, test, seed, weight=30.0)
-
-
-def _train_network(x, y, unlabeled, test, seed, weight, steps=300, hidden=512, rows=500):
+    weight: of the Pi-model's loss: two passes of dropout over 500 unlabeled rows per step have to agree.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         x, y, unlabeled, test = (torch.as_tensor(v) for v in (x, y, unlabeled, test))
         net = nn.Sequential(
-            nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Dropout(0.5),
-            nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(0.5),
-            nn.Linear(hidden, int(y.max()) + 1),
+            nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(512, int(y.max()) + 1),
         )  # fmt: skip
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-5, fused=True)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 1e-3 * SCHEDULES["cosine"](step / steps)
+        for step in range(300):
+            optimizer.param_groups[0]["lr"] = 1e-3 * SCHEDULES["cosine"](step / 300)
             loss = F.cross_entropy(net(x), y)
             if weight:
-                some = unlabeled[torch.randint(len(unlabeled), (min(rows, len(unlabeled)),))]
+                some = unlabeled[torch.randint(len(unlabeled), (min(500, len(unlabeled)),))]
                 loss = loss + weight * (net(some).softmax(1) - net(some).softmax(1).detach()).square().mean()
             loss.backward()
             optimizer.step()
@@ -116,7 +112,7 @@ BASELINES = {
     "kNN label spreading": knn_label_spreading,
     "RBF label spreading": rbf_label_spreading,
     "network with dropout": network,
-    "Pi-model": pi_model,
+    "Pi-model": partial(network, weight=30.0),
 }
 
 
@@ -162,13 +158,12 @@ def compare(
             for name, given in settings.items():
                 config = make_config(**{**given, "seed": seed, "out": str(folder / f"{name}-{seed}"), "resume": "auto"})
                 summary = _summary(config)
-                records.append(_record(config.method, seed, summary["test_accuracy"], summary["seconds_total"]))
+                accuracy, seconds = summary["test_accuracy"], summary["seconds_total"]
+                records.append({"method": config.method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds})
     table = comparison_table(records, f"{first.dataset}, {first.num_labels} labels")
     if out:
-        out = Path(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
-        out.with_suffix(".md").write_text(table)
+        write_json(Path(out).with_suffix(".json"), records)
+        Path(out).with_suffix(".md").write_text(table)
     return table
 
 
@@ -176,28 +171,24 @@ def baseline_records(dataset, split: Split, seed: int) -> Iterator[dict]:
     """Trains each of BASELINES on the split's rows: a record each, announced on standard error."""
     train, test = features(dataset)
     y = dataset.train_labels[split.labeled]
-    angular = getattr(dataset, "angular", False)
     for name, predict in BASELINES.items():
         began = time.perf_counter()
-        predicted = predict(train[split.labeled], y, train[split.unlabeled], test, angular, seed)
+        predicted = predict(train[split.labeled], y, train[split.unlabeled], test, dataset.angular, seed)
         accuracy, seconds = 100 * float((predicted == dataset.test_labels).mean()), time.perf_counter() - began
         print(f"seed {seed}: {name} {accuracy:.2f} % ({seconds:.0f} s)", file=sys.stderr)
-        yield _record(name, seed, accuracy, seconds)
-
-
-def _record(method: str, seed: int, accuracy: float, seconds: float) -> dict:
-    return {"method": method, "seed": seed, "test_accuracy": accuracy, "seconds": seconds}
+        yield {"method": name, "seed": seed, "test_accuracy": accuracy, "seconds": seconds}
 
 
 def _flow_keys(name: str) -> dict:
     """A preset that trains a flow end to end, or a data set -> keys for `make_config`.
 
-    A data set stands for its reduced preset if it has one, else its first; a table without any, for that of wine.
+    A data set stands for its reduced preset if it has one, else its first, FlowGMM's before SCNF's; a table without any, for that of wine.
     """
     flows = {preset: values for preset, values in presets().items() if values.get("method") in FLOWS}
     if name in flows:
         return {"preset": name}
     candidates = [preset for preset, values in flows.items() if values["dataset"] == name]
+    candidates.sort(key=lambda preset: FLOWS.index(flows[preset]["method"]))
     if candidates:
         return {"preset": next((preset for preset in candidates if preset.endswith("-small")), candidates[0])}
     if name in TABLES:
@@ -217,10 +208,10 @@ def _summary(config) -> dict:
 
 def comparison_table(records: list[dict], title: str) -> str:
     """One row for each method: mean accuracy over the seeds, that of each seed, mean seconds."""
-    rows = [f"| {title} | test accuracy, % | seeds | seconds |", "| --- | --- | --- | --- |"]
+    rows = []
     for name in dict.fromkeys(record["method"] for record in records):
         of_method = [record for record in records if record["method"] == name]
         accuracies, seconds = ([record[key] for record in of_method] for key in ("test_accuracy", "seconds"))
         each = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
-        rows.append(f"| {name} | {np.mean(accuracies):.1f} | {each} | {np.mean(seconds):.0f} |")
-    return "\n".join(rows) + "\n"
+        rows.append((name, f"{np.mean(accuracies):.1f}", each, f"{np.mean(seconds):.0f}"))
+    return markdown((title, "test accuracy, %", "seeds", "seconds"), rows)
