@@ -1,11 +1,11 @@
-"""NorMatch, FixMatch and supervised training at equal steps, on the same labels and network: the README's tables.
+"""NorMatch, FixMatch and supervised training at equal steps, on the same labels and network: the tables of docs/results.md.
 
     python benchmarks/methods.py digits                                      # 40 labels, three seeds
     python benchmarks/methods.py cifar10-4000-small --data_dir DIR --seeds 0     # 4,000 labels, a small network
 
 Runs the three methods one after another with one preset, so that they differ only in the method; for the digits also
 two classical baselines on the same labeled images. Writes results.json and curves.png to benchmarks/results/PRESET/,
-and the table to README.md.
+and the table to docs/results.md.
 """
 
 import argparse
@@ -58,11 +58,11 @@ def main():
     draw(records, results / "curves.png")
     table = make_table(records)
     print(table)
-    readme = REPOSITORY / "README.md"
+    page = REPOSITORY / "docs" / "results.md"
     mark = f"<!-- {options.preset} table -->\n"
-    before, rest = readme.read_text().split(mark)
+    before, rest = page.read_text().split(mark)
     after = rest.split("<!-- end -->\n", 1)[1]
-    readme.write_text(f"{before}{mark}{table}<!-- end -->\n{after}")
+    page.write_text(f"{before}{mark}{table}<!-- end -->\n{after}")
 
 
 def baselines(seed: int) -> list[dict]:
