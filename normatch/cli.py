@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin
 
 from . import __version__
 from .config import METHODS, Config, known_keys, make_config, method_class, preset_text, presets
+from .data import TABLES
 from .errors import UserError
 from .published.flags import ALIASES, PUBLISHED, SWITCHES, UNNEEDED_SWITCHES, canonical
 
@@ -274,10 +275,11 @@ def _presets(options) -> int:
     if options.name:
         print(preset_text(options.name), end="")
         return 0
-    width = max(map(len, presets()))
-    for name in presets():
-        comment = preset_text(name).split("\n", 1)[0].removeprefix("# ")
-        print(f"{name:{width}}  {comment}")
+    rows = [(name, keys["method"], keys["dataset"]) for name, keys in presets().items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in sorted(rows, key=lambda row: (row[2] in TABLES, row[2])):  # images first, then tables
+        columns = (f"{text:{width}}" for text, width in zip(row, widths, strict=True))
+        print(*columns, preset_text(row[0]).split("\n", 1)[0].removeprefix("# "), sep="  ")
     return 0
 
 

@@ -163,7 +163,7 @@ def check_keys(keys: dict, method: str, cls: type):
     for name in keys:
         if name not in cls.Keys.model_fields:
             users = known_keys().get(name, ())
-            belongs = f"belongs to {' and '.join(users)}" if users else "is unknown"
+            belongs = f"belongs to {' and '.join(', '.join(users).rsplit(', ', 1))}" if users else "is unknown"
             raise UserError(f"{name} {belongs}: method {method} has no such key")
 
 
@@ -177,8 +177,12 @@ def presets() -> dict[str, dict]:
     def order(name):
         return len(name), [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
-    names = sorted((path.stem for path in _PRESETS.glob("*.yaml")), key=order)
-    return {name: _read_yaml(_PRESETS / f"{name}.yaml") for name in names}
+    def whole(name):
+        content = _read_yaml(_PRESETS / f"{name}.yaml")
+        base = content.pop("preset", None)
+        return {**(whole(base) if base else {}), **content}
+
+    return {name: whole(name) for name in sorted((path.stem for path in _PRESETS.glob("*.yaml")), key=order)}
 
 
 def preset_text(name: str) -> str:
@@ -209,7 +213,7 @@ def _preset_for(dataset: str, method: str | type | None) -> str:
 
 
 def _read_yaml(path: str | Path) -> dict:
-    """A YAML file of flat `key: value` lines -> them, on top of the preset that a `preset:` line names."""
+    """A YAML file of flat `key: value` lines -> them."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -220,15 +224,14 @@ def _read_yaml(path: str | Path) -> dict:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines")
-    base = content.pop("preset", None)
-    if base is None:
-        return content
-    return {**(_read_yaml(_PRESETS / f"{base}.yaml") if Path(path).parent == _PRESETS else _preset(base)), **content}
+    return content
 
 
 def read_config(path: str | Path) -> dict:
-    """A configuration file, ours or SCNF's published one -> its keys under our names."""
-    return _our_names(upgraded(flags.from_scnf(_read_yaml(path))))
+    """A configuration file -> its keys under our names, published flags as they are, on top of the preset it names."""
+    content = upgraded(_read_yaml(path))
+    base = content.pop("preset", None)
+    return {**({} if base is None else {"preset": str(base)}), **_canonical(content)}
 
 
 def upgraded(keys: dict) -> dict:
@@ -242,20 +245,27 @@ def upgraded(keys: dict) -> dict:
 def make_config(preset: str | None = None, file: str | Path | None = None, **keys) -> Config:
     """The preset, then the file, then the keys, where what comes later wins -> the checked configuration.
 
-    Without a preset, the best one for the data set and method that file or keys name; without these, `digits`. To
-    resume (`resume="auto"`) a run folder, its own configuration. Keys of a preset that belong to another method than
-    the chosen one are left out. `method` may be a class of your own.
+    A file may name a preset in a `preset:` line. Without a preset, the best one for the data set and method that file
+    or keys name; without these, `digits`. To resume (`resume="auto"`) a run folder, its own configuration. Keys of a
+    preset that belong to another method than the chosen one are left out. `method` may be a class of your own.
+    Published flags are taken in their published sense, see `published.flags`.
 
     Raises `UserError` for unknown presets and keys (with the nearest known one), for keys of another method, and for
     values of the wrong type.
     """
     custom = keys.pop("method") if isinstance(keys.get("method"), type) else None
-    given = {**({} if file is None else read_config(file)), **_our_names(keys)}
-    saved = Path(given.get("out") or "", "config.yaml")
-    if preset is None and given.get("resume") == "auto" and given.get("out") and saved.is_file():
-        base = {name: value for name, value in read_config(saved).items() if name != "overwrite"}
+    keys, content = _canonical(keys), {} if file is None else read_config(file)
+    named = [name for name in (preset, content.pop("preset", None)) if name is not None]
+    given = {**{name: value for name, value in content.items() if name not in keys}, **keys}
+    resumed = not named and given.get("resume") == "auto" and given.get("out")
+    saved = Path(given["out"], "config.yaml") if resumed else None
+    saved = saved if saved and saved.is_file() else None
+    given = _nones(flags.translate(given, lambda m: method_class(custom or m).Keys.model_fields, not (named or saved)))
+    if saved:
+        base = {name: value for name, value in _nones(read_config(saved)).items() if name != "overwrite"}
     else:
-        base = _preset(preset or _preset_for(given.get("dataset", "digits"), custom or given.get("method")))
+        named = named or [_preset_for(given.get("dataset", "digits"), custom or given.get("method"))]
+        base = {name: value for preset in named for name, value in _preset(preset).items()}
     method = custom or given.get("method") or base.get("method", "normatch")
     cls = method_class(method)
     name = cls.__name__ if custom else method
@@ -280,15 +290,20 @@ def checked(keys: dict, cls: type | None = None) -> Config:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
 
 
-def _our_names(keys: dict) -> dict:
-    """Keys under our names, published ones translated, and `none` as None where a key may be empty."""
-    result = {}
-    for name, value in flags.translate(keys, known_keys()).items():
+def _canonical(keys: dict) -> dict:
+    """Keys as the user wrote them -> under our names, those of published commands still to translate."""
+    return {flags.canonical(str(name), known_keys()): value for name, value in keys.items()}
+
+
+def _nones(keys: dict) -> dict:
+    """`none` becomes None where a key may be empty."""
+
+    def empty(name, value):
         users = known_keys().get(name)
         annotation = method_class(users[0]).Keys.model_fields[name].annotation if users else None
-        empty = type(None) in get_args(annotation) and str(value).lower() == "none"
-        result[name] = None if empty else value
-    return result
+        return type(None) in get_args(annotation) and str(value).lower() == "none"
+
+    return {name: None if empty(name, value) else value for name, value in keys.items()}
 
 
 def _explain(problem: dict) -> str:

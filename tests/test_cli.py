@@ -1,6 +1,7 @@
 """The command line: what it prints, and that every mistake gets one line and a non-zero status."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from PIL import Image
 
 import normatch
 from normatch.cli import _config, _spell_check, main, make_parser
-from normatch.config import make_config
+from normatch.config import known_keys, make_config, method_class, preset_text, presets
 from normatch.data import Split, load_dataset
+from normatch.published.flags import PUBLISHED
 
 QUICK = ["--backbone", "wrn-10-1", "--steps", "4", "--batch_size", "8", "--uratio", "1", "--num_workers", "0"]
 QUICK += ["--device", "cpu"]
@@ -144,9 +146,54 @@ def test_help_of_train_names_keys_and_published_aliases(capsys):
     assert "--num_labels" in out and "--num_labeled" in out and "cifar10-40" in out
 
 
+def test_presets_are_listed_and_printed(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.split(r" {2,}", line) for line in lines]
+    assert sorted(row[0] for row in rows) == sorted(presets()) and max(map(len, lines)) <= 120
+    for name, method, dataset, comment in rows:
+        assert (method, dataset) == (presets()[name]["method"], presets()[name]["dataset"])
+        assert preset_text(name).startswith(f"# {comment}\n") and comment.endswith(".")
+        assert re.search(r"published|Ours", comment), "the first line says where the recipe is from"
+    seen = [row[2] for row in rows]
+    assert all(seen[i] == seen[i - 1] or seen[i] not in seen[:i] for i in range(1, len(seen))), "grouped by data set"
+    assert main(["presets", "moons"]) == 0
+    assert capsys.readouterr().out == preset_text("moons")
+    refused(capsys, ["presets", "moon"], "moons")
+
+
 def test_unknown_key_names_the_nearest(capsys):
     refused(capsys, ["train", "--num_lables", "40"], "num_labels")
     refused(capsys, ["train", "--weight-decya=1"], "weight_decay")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "fixmatch", "--means", "circle"], "means belongs to flowgmm: method fixmatch has no such key"),
+        (["--method", "fixmatch", "--third_voter", "flow"], "third_voter belongs to normatch"),
+        (["moons", "--backbone", "resnet50"], "backbone belongs to normatch, fixmatch and supervised"),
+        (["moons", "--augment", "kekmodel"], "augment is for images: moons is a table"),
+        (["--pretrained", "x"], "pretrained belongs to flowgmm and scnf: method normatch"),
+        (["--flow", "glow"], "flow belongs to flowgmm and scnf: method normatch"),
+        (["--method", "supervised", "--lambda_u", "3"], "method supervised has no such key"),
+        (["--backbone", "wrn-10-1", "--sync_bn"], "sync_bn is for training in several processes"),
+        (["--dataset", "moons", "--method", "fixmatch"], "moons is a table"),
+    ],
+)
+def test_what_the_method_cannot_use_is_never_ignored(capsys, tmp_path, arguments, said):
+    refused(capsys, ["train", *arguments, "--out", tmp_path / "r"], said)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("words", [["--method", "flowgmm"], ["--method=flowgmm"], ["moons"]])
+def test_help_shows_the_keys_of_the_method_alone(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words, "--help"])
+    assert end.value.code == 0
+    shown = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    ours = set(method_class("flowgmm").Keys.model_fields)
+    assert ours <= shown and not (set(known_keys()) - ours) & shown and not (PUBLISHED - {"config"}) & shown
 
 
 def test_wrong_type(capsys):

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from normatch.cli import _spell_check
-from normatch.config import ALIASES, PRESETS, Config, make_config
+from normatch.config import known_keys, make_config, method_class, preset_text, presets
 from normatch.errors import UserError
+from normatch.published.flags import _RENAMED, ALIASES, PUBLISHED, REFUSED, SWITCHES
 
 
 def test_the_default_is_normatch_on_digits():
@@ -37,7 +37,12 @@ def test_pseudo_label_kind_follows_the_method():
     assert make_config("cifar10-40", method="normatch").one_hot is False
     assert make_config("cifar10-40", method="fixmatch", hard_label=False).one_hot is False
     assert make_config("cifar10-40", third_voter="sampled").one_hot is True
-    assert make_config(**{**make_config("cifar10-40").model_dump(), "method": "fixmatch"}).one_hot is True
+    dumped = {
+        k: v
+        for k, v in make_config("cifar10-40").model_dump().items()
+        if k in method_class("fixmatch").Keys.model_fields
+    }
+    assert make_config(**{**dumped, "method": "fixmatch"}).one_hot is True
 
 
 def test_published_recipes():
@@ -62,9 +67,9 @@ def test_run_folders_tell_runs_apart():
     assert len(set(folders)) == 4
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", presets())
 def test_every_preset_is_valid(preset):
-    assert make_config(preset).num_labels == PRESETS[preset]["num_labels"]
+    assert make_config(preset).num_labels == presets()[preset]["num_labels"]
 
 
 def test_published_names_are_accepted():
@@ -77,9 +82,9 @@ def test_published_names_are_accepted():
     flow = make_config("flowgmm-mnist-100", gmm_trainable=True, swa_freq=5, max_grad_norm=3, supervised_only=False)
     assert flow.means_trainable and flow.weights_trainable and flow.covs_trainable
     assert (flow.swa_every, flow.clip, flow.lambda_u) == (5, 3, 1)
-    given = _spell_check(["train", "moons", "--gmm-trainable", "--supervised_only=no", "--use_two_flows"])
-    assert given[2:5] == [f"--{name}_trainable=true" for name in ("means", "weights", "covs")]
-    assert given[5:] == ["--third_voter=flow"]
+    assert make_config(use_two_flows="true").third_voter == "flow"
+    labeled = make_config("flowgmm-mnist-100", supervised_only=True)  # CE alone, whose weight is not looked at
+    assert (labeled.lambda_u, labeled.labeled_loss, labeled.label_weight) == (0, "classes", 1)
 
 
 def test_published_command_lines_are_understood():
@@ -104,8 +109,9 @@ def test_none_means_none_where_a_key_may_be_empty():
 
 
 def test_aliases_lead_somewhere():
-    targets = {key for ours in ALIASES.values() for key in ([ours] if isinstance(ours, str) else ours)}
-    assert targets <= set(Config.model_fields) and not set(ALIASES) & set(Config.model_fields)
+    targets = {*ALIASES.values(), *_RENAMED.values(), *(key for ours in SWITCHES.values() for key in ours)}
+    assert targets <= set(known_keys()) and not {*ALIASES, *PUBLISHED, *REFUSED} & set(known_keys())
+    assert not {*ALIASES, *REFUSED} & PUBLISHED and not {*ALIASES} & {*REFUSED}
 
 
 @pytest.mark.parametrize(
@@ -165,3 +171,22 @@ def test_missing_file_is_named(tmp_path):
 def test_without_a_preset_the_one_that_suits_data_and_method(keys, method, optimizer_rate):
     config = make_config(**keys)
     assert (config.method, config.lr) == (method, optimizer_rate)
+
+
+def test_a_file_may_start_from_a_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: moons\nlr: 0.5\n")
+    assert make_config(file=file) == make_config("moons", lr=0.5)
+    assert make_config(file=file, lr=0.25).lr == 0.25
+    # What comes later wins; a preset's keys that the method does not know are left out.
+    config = make_config("cifar10-250", file, seed=3)
+    assert (config.method, config.dataset, config.lr, config.seed) == ("flowgmm", "moons", 0.5, 3)
+    file.write_text("preset: mine\n")  # presets are those that `normatch presets` lists: none can lead back here
+    with pytest.raises(UserError, match="unknown preset 'mine'"):
+        make_config(file=file)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_printed_to_a_file_is_the_preset(name, tmp_path):
+    (tmp_path / "copy.yaml").write_text(preset_text(name))
+    assert make_config(file=tmp_path / "copy.yaml") == make_config(name)
