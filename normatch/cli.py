@@ -1,4 +1,4 @@
-"""The command line: `normatch train | eval | predict | convert | plot | data | bench | verify-resume | info`."""
+"""The command line: `normatch train | presets | eval | predict | convert | plot | data | compare | bench | verify-resume | info`."""
 
 import argparse
 import json
@@ -255,7 +255,7 @@ def _train(options) -> int:
     from .training.trainer import train
 
     result = train(config)
-    if distributed.rank():  # of several processes the first one reports
+    if distributed.rank():  # only rank 0 reports
         return 0
     summary = result.summary
     flow = summary["test_accuracy_flow"]

@@ -3,5 +3,5 @@
 flags        command-line flags and configuration keys of NorMatch, kekmodel, LeeDoYup, USB, FlowGMM and SCNF
 checkpoints  checkpoint files of any origin, ours of any version among them -> the state that `normatch.load` takes
 
-Imports nothing of training; `flags` imports nothing but `errors`, so that a configuration is read without torch.
+Imports nothing of training; `flags` needs no torch, so that a configuration is read fast.
 """

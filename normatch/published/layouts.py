@@ -157,10 +157,10 @@ def _transition(trained: dict, optimizer, layout: str) -> str:
     """Which of the two published wide ResNets this is. Their state dicts have the same names and shapes.
 
     NorMatch's and kekmodel's network throws act(bn1(x)) away where the second and third stage begin, LeeDoYup's uses
-    it. What is thrown away gets no gradient. So the optimiser of the former has no momentum for those four tensors,
-    and after training their shifts still are the zeros they began as (normalisation layers are not decayed), while
-    any step moves them in the latter. The optimiser is asked first: it also tells a copy of kekmodel's code in which
-    somebody has mended the block. Without one, the keys of the file say whose code wrote it, and for a bare state
+    it. What is thrown away gets no gradient. So the optimizer of the former has no momentum for those four tensors,
+    and after training their shifts still are the zeros they began as (normalization layers are not decayed), while
+    any step moves them in the latter. The optimizer is asked first: it also tells a copy of kekmodel's code in which
+    somebody has fixed the block. Without one, the keys of the file say whose code wrote it, and for a bare state
     dict the shift decides.
     """
     shift = trained.get("block2.layer.0.bn1.bias")
