@@ -1,4 +1,4 @@
-"""The command line: `normatch train | presets | eval | predict | convert | plot | data | compare | bench | verify-resume | info`."""
+"""The command line of normatch: train, evaluate, predict, convert, plot, measure; `normatch --help` lists it all."""
 
 import argparse
 import json

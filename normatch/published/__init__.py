@@ -2,6 +2,7 @@
 
 flags        command-line flags and configuration keys of NorMatch, kekmodel, LeeDoYup, USB, FlowGMM and SCNF
 checkpoints  checkpoint files of any origin, ours of any version among them -> the state that `normatch.load` takes
+layouts      the names and shapes of tensors in published checkpoints -> ours
 
 Imports nothing of training; `flags` needs no torch, so that a configuration is read fast.
 """
