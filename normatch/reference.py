@@ -7,13 +7,12 @@ for float64 inputs).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from normatch.augment.policy import Policy
 from normatch.data.base import standardize
 from normatch.data.philox import WORD, philox, split_key
 
@@ -34,14 +33,7 @@ def affine_coupling_inverse(y: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -
     return (y * (-log_scale).exp() - t).to(y.dtype)
 
 
-def coupling2d(
-    x: Tensor,
-    params: Tensor,
-    gain: Tensor | None = None,
-    changed: str = "first",
-    shift_first: bool = True,
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def coupling2d(x, params, gain=None, changed="first", shift_first=True, eps=0.0) -> tuple[Tensor, Tensor]:
     """x: (N, C, H, W), params: (N, 2P, H, W), gain: (P,) -> y: (N, C, H, W), logdet: (N,)."""
 
     def forward(x, log_scale, t):
@@ -50,14 +42,7 @@ def coupling2d(
     return _couple2d(forward, x, params, gain, changed, eps)
 
 
-def coupling2d_inverse(
-    y: Tensor,
-    params: Tensor,
-    gain: Tensor | None = None,
-    changed: str = "first",
-    shift_first: bool = True,
-    eps: float = 0.0,
-) -> Tensor:
+def coupling2d_inverse(y, params, gain=None, changed="first", shift_first=True, eps=0.0) -> Tensor:
     """y: (N, C, H, W), params: (N, 2P, H, W), gain: (P,) -> x: (N, C, H, W)."""
 
     def inverse(y, log_scale, t):
@@ -88,11 +73,8 @@ def _couple2d(function: Callable, x, params, gain, changed, eps) -> tuple[Tensor
 
 def logdet(log_scale: Tensor) -> Tensor:
     """log_scale: (N, ...) -> (N,)."""
-    return (
-        log_scale.flatten(1).sum(1, dtype=accumulation_dtype(log_scale.dtype))
-        if log_scale.dim() > 1
-        else (log_scale.to(accumulation_dtype(log_scale.dtype)))
-    )
+    dtype = accumulation_dtype(log_scale.dtype)
+    return log_scale.flatten(1).sum(1, dtype=dtype) if log_scale.dim() > 1 else log_scale.to(dtype)
 
 
 def log_softplus(rho: Tensor) -> Tensor:
@@ -116,9 +98,7 @@ def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: flo
     return offset - 0.5 * precision * distance
 
 
-def gmm_posterior(
-    z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gmm_posterior(z, means, rho, logits, eps=0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z: (N, D), means: (K, D), rho, logits: (K,) -> class_log_prob: (N, K), log_prob, label, confidence: (N,)."""
     class_log_prob = gmm_log_prob(z, means, rho, logits, eps)
     log_prob = class_log_prob.logsumexp(1)
@@ -126,30 +106,13 @@ def gmm_posterior(
     return class_log_prob, log_prob, label, (top - log_prob).exp()
 
 
-# Weight and bias of the three layers of a coupling's network, and the gain.
-CouplingParameters = Sequence[Tensor]
-
-
 def flow_head(
-    x: Tensor,
-    couplings: Sequence[CouplingParameters],
-    means: Tensor,
-    rho: Tensor,
-    logits: Tensor,
-    eps: float = 0.0,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
+    x, couplings, means, rho, logits, eps=0.0, dropout=0.0, seed=None, coupling=affine_coupling, mixture=gmm_log_prob
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x: (N, D) -> z: (N, D), logdet: (N,), class_log_prob: (N, K), log_prob: (N,)."""
-    return compose_flow_head(
-        affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout=dropout, seed=seed
-    )
+    """x: (N, D) -> z: (N, D), logdet: (N,), class_log_prob: (N, K), log_prob: (N,).
 
-
-def compose_flow_head(
-    coupling: Callable, mixture: Callable, x, couplings, means, rho, logits, eps=0.0, dropout=0.0, seed=None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x: (N, D) -> as `flow_head`, from library matrix products and the functions `coupling` and `mixture`."""
+    Library matrix products between `coupling` and `mixture`, other implementations of the two ops.
+    """
     dtype = accumulation_dtype(x.dtype)
     z = x.to(dtype)
     half = z.shape[1] // 2
@@ -183,14 +146,7 @@ def dropout_mask(seed: Tensor, rows: int, hidden: int, coupling: int, dropout: f
 
 
 def augment_views(
-    images: Tensor,
-    draws: Tensor,
-    policy: Policy,
-    seed: int,
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    dtype: torch.dtype = torch.float32,
-    flip: bool = True,
+    images, draws, policy, seed, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), dtype=torch.float32, flip=True
 ) -> Tensor:
     """images: (M, H, W, 3) uint8, draws: (N, 4) int64 -> (N, 3, H, W), channels-last: by Pillow, on the host."""
     from normatch.augment.pillow import make_views  # the ops do without Pillow

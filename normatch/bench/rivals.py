@@ -148,5 +148,4 @@ def _published_head(x, means, rho, logits, *values):
 
 def closed_head(x, means, rho, logits, *values):
     """x: (N, D) -> z, logdet, class_log_prob, log_prob; values: seven tensors per coupling."""
-    parts = reference.affine_coupling, expanded_mixture
-    return reference.compose_flow_head(*parts, x, split_couplings(values), means, rho, logits)
+    return reference.flow_head(x, split_couplings(values), means, rho, logits, mixture=expanded_mixture)

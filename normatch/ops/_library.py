@@ -96,10 +96,13 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be dense, not {value.layout}: take its to_dense()")
 
 
-def check_float(op: str, name: str, value: object) -> None:
+def check_float(op: str, name: str, value: object, axes: tuple[str, ...] = ()) -> None:
+    """axes: their names, if their number is fixed."""
     check_tensor(op, name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, not {value.dtype}")
+    if axes:
+        check_dims(op, name, value, axes)
 
 
 def check_dims(op: str, name: str, value: Tensor, axes: tuple[str | int, ...]) -> None:
@@ -115,7 +118,7 @@ def check_shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], li
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)} to go with {like}, not {tuple(value.shape)}")
 
 
-def check_same(op: str, name: str, value: Tensor, first_name: str, first: Tensor, dtype: bool) -> None:
+def check_same(op: str, name: str, value: Tensor, first_name: str, first: Tensor, dtype: bool = False) -> None:
     """Raises if `value` is on another device than `first` or, with `dtype`, of another dtype."""
     if value.device != first.device:
         raise ValueError(f"{op}: {name} is on {value.device}, but {first_name} on {first.device}")
@@ -123,9 +126,9 @@ def check_same(op: str, name: str, value: Tensor, first_name: str, first: Tensor
         raise TypeError(f"{op}: {name} is {value.dtype}, but {first_name} {first.dtype}")
 
 
-def check_eps(op: str, eps: object) -> None:
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps must be a number, not {type(eps).__name__}")
+def check_number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, not {type(value).__name__}")
 
 
 def check_no_tangent(op: str, *values: Tensor | None) -> None:

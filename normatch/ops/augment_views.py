@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from normatch import reference
-from normatch.augment.policy import Policy, encode_policy, normalization
-from normatch.data.base import MAX_SIDE
-from normatch.ops._library import KERNELS, check_dims, check_same, check_tensor, is_built
+from .. import reference
+from ..augment.policy import Policy, encode_policy, normalization
+from ..data.base import MAX_SIDE
+from ._library import KERNELS, check_dims, check_same, check_tensor, is_built
 
 
 def augment_views(
@@ -26,8 +26,7 @@ def augment_views(
     everything random about the view (`normatch.augment.draws`). Views of kind View.UNLABELED_STRONG are strong, all
     others weak. The pixels equal Pillow's on every device; dtype uint8 returns them without normalization.
 
-    Raises TypeError or ValueError, naming the argument, for wrong dtypes or shapes, for sides of 0 or above 2048, and,
-    on the CPU, for rows outside `images`.
+    Raises ValueError also for sides of 0 or above 2048 and, on the CPU, for rows outside `images`.
     """
     op = "augment_views"
     for name, value, expected, axes in (
@@ -42,7 +41,7 @@ def augment_views(
         raise TypeError(f"{op}: policy must be a Policy, as in normatch.augment.policy.POLICIES, not {policy!r}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or uint8, not {dtype}")
-    check_same(op, "draws", draws, "images", images, dtype=False)
+    check_same(op, "draws", draws, "images", images)
     count, height, width, _ = images.shape
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ValueError(f"{op}: images must have sides of 1 to {MAX_SIDE}, not {height} x {width}")

@@ -6,22 +6,23 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from normatch import reference
-from normatch.ops._library import (
+from .. import reference
+from ..reference import accumulation_dtype
+from ._library import (
     BACKEND,
     DTYPES,
     KERNELS,
     build_info,
     check_dims,
     check_float,
+    check_number,
     check_same,
     check_shape,
     check_tensor,
     register,
 )
-from normatch.ops.affine_coupling import affine_coupling
-from normatch.ops.gmm_log_prob import check_mixture, gmm_log_prob
-from normatch.reference import accumulation_dtype
+from .affine_coupling import affine_coupling
+from .gmm_log_prob import check_mixture, gmm_log_prob
 
 _LIMITS = build_info().get("limits", {})  # csrc/limits.h
 
@@ -76,9 +77,7 @@ def flow_head(
     every device; the kernel reads it when it runs, so that replays of a CUDA graph follow the seed's current value.
     The backward pass reconstructs each coupling's input from its output: memory does not grow with their number.
 
-    Raises TypeError for an argument that is not a tensor or has a wrong dtype, and ValueError for a wrong shape, no
-    coupling, D < 2, K = 0, mixed devices, a NaN in rho (where `gmm_log_prob` checks it), a negative eps or a dropout
-    outside [0, 1]; the message names the argument.
+    Raises ValueError also for D < 2, K = 0, a NaN in rho (where `gmm_log_prob` checks it) and a dropout outside [0, 1].
     """
     _check(x, couplings, means, rho, logits, eps, dropout, seed)
     if seed is None or dropout == 0:
@@ -86,9 +85,8 @@ def flow_head(
     sizes = x.shape[1], couplings[0][1].shape[0], x.device, means.shape[0], len(couplings)
     if flow_head_path(*sizes) == "composed":
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-            return reference.compose_flow_head(
-                affine_coupling, gmm_log_prob, x, couplings, means, rho, logits, eps, dropout, seed
-            )
+            parts = affine_coupling, gmm_log_prob
+            return reference.flow_head(x, couplings, means, rho, logits, eps, dropout, seed, *parts)
     dtype = accumulation_dtype(x.dtype)
     parameters = [value if value.dtype == dtype else value.to(dtype) for coupling in couplings for value in coupling]
     rest = means.to(dtype), rho.to(dtype), logits.to(dtype), seed, float(dropout), float(eps)
@@ -120,8 +118,7 @@ _COUPLING_NAMES = ("weight0", "bias0", "weight1", "bias1", "weight2", "bias2", "
 
 def _check(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
     op = "flow_head"
-    check_float(op, "x", x)
-    check_dims(op, "x", x, ("N", "D"))
+    check_float(op, "x", x, ("N", "D"))
     features = x.shape[1]
     if features < 2:
         raise ValueError(f"{op}: x must have at least two features, one for each half, not shape {tuple(x.shape)}")
@@ -139,7 +136,7 @@ def _check(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
             if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.device != device:
                 name = f"{name} of couplings[{j}]"
                 check_float(op, name, value)
-                check_same(op, name, value, "x", x, dtype=False)
+                check_same(op, name, value, "x", x)
         if hidden is None:
             check_dims(op, "bias0 of couplings[0]", coupling[1], ("H",))
             hidden = coupling[1].shape[0]
@@ -147,41 +144,27 @@ def _check(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
                 raise ValueError(f"{op}: bias0 of couplings[0] must have at least one unit")
         kept = features - features // 2 if j % 2 else features // 2
         changed = features - kept
-        shapes = (
-            (hidden, kept),
-            (hidden,),
-            (hidden, hidden),
-            (hidden,),
-            (2 * changed, hidden),
-            (2 * changed,),
-            (changed,),
-        )
+        layers = (hidden, kept), (hidden, hidden), (2 * changed, hidden)
+        shapes = [*(shape for layer in layers for shape in (layer, layer[:1])), (changed,)]
         for name, value, shape in zip(_COUPLING_NAMES, coupling, shapes, strict=True):
             if value.shape != shape:
                 check_shape(op, f"{name} of couplings[{j}]", value, shape, "x and bias0 of couplings[0]")
     check_mixture(op, "x", x, means, rho, logits, eps)
-    if not isinstance(dropout, (int, float)):
-        raise TypeError(f"{op}: dropout must be a number, not {type(dropout).__name__}")
+    check_number(op, "dropout", dropout)
     if not 0 <= dropout <= 1:
         raise ValueError(f"{op}: dropout must lie in [0, 1], but is {dropout}")
     if seed is not None:
         check_tensor(op, "seed", seed)
         if seed.dtype != torch.int64:
             raise TypeError(f"{op}: seed must be torch.int64, not {seed.dtype}")
-        if seed.dim():
-            raise ValueError(f"{op}: seed must have shape (), not {tuple(seed.shape)}")
-        check_same(op, "seed", seed, "x", x, dtype=False)
+        check_dims(op, "seed", seed, ())
+        check_same(op, "seed", seed, "x", x)
 
 
 def _fake(x, couplings, means, rho, logits, seed, dropout, eps):
     n = x.shape[0]
-    return (
-        means.new_empty((n, x.shape[1])),
-        means.new_empty((n,)),
-        means.new_empty((n, means.shape[0])),
-        means.new_empty((n,)),
-        means.new_empty((n, x.shape[1]), dtype=torch.float64),
-    )
+    outputs = (means.new_empty(shape) for shape in (x.shape, (n,), (n, means.shape[0]), (n,)))
+    return *outputs, means.new_empty(x.shape, dtype=torch.float64)
 
 
 def _save(ctx, inputs, output):

@@ -7,31 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normatch import reference
-from normatch.ops._library import (
-    KERNELS,
-    check_dims,
-    check_eps,
-    check_float,
-    check_no_tangent,
-    check_same,
-    check_shape,
-    register,
-)
-from normatch.reference import accumulation_dtype
+from .. import reference
+from ..reference import accumulation_dtype
+from ._library import KERNELS, check_float, check_no_tangent, check_number, check_same, check_shape, register
 
 
 def check_mixture(op: str, name: str, z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float) -> None:
-    for argument, value in (("means", means), ("rho", rho), ("logits", logits)):
-        check_float(op, argument, value)
-        check_same(op, argument, value, name, z, dtype=False)
-    check_dims(op, "means", means, ("K", "D"))
+    for argument, value, axes in (("means", means, ("K", "D")), ("rho", rho, ()), ("logits", logits, ())):
+        check_float(op, argument, value, axes)
+        check_same(op, argument, value, name, z)
     if means.shape[0] == 0:
         raise ValueError(f"{op}: means must have at least one class, not shape {tuple(means.shape)}")
     check_shape(op, "means", means, (means.shape[0], z.shape[1]), name)
     check_shape(op, "rho", rho, means.shape[:1], "means")
     check_shape(op, "logits", logits, means.shape[:1], "means")
-    check_eps(op, eps)
+    check_number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative, but is {eps}")
     check_no_tangent(op, z, means, rho, logits)
@@ -45,11 +35,17 @@ def _check_no_nan(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} has values that are NaN")
 
 
-def _check_points(op: str, z: Tensor) -> None:
-    check_float(op, "z", z)
-    check_dims(op, "z", z, ("N", "D"))
+def _evaluate(op: str, z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float):
+    """Checks the arguments and applies op, `gmm_log_prob` or `gmm_posterior`."""
+    check_float(op, "z", z, ("N", "D"))
     if z.shape[1] == 0:
         raise ValueError(f"{op}: z must have at least one feature, not shape {tuple(z.shape)}")
+    check_mixture(op, "z", z, means, rho, logits, eps)
+    if z.device.type not in KERNELS[op]:
+        return getattr(reference, op)(z, means, rho, logits, eps)
+    dtype = accumulation_dtype(z.dtype)
+    parameters = means.to(dtype), rho.to(dtype), logits.to(dtype)
+    return getattr(torch.ops.normatch, op).default(z, *parameters, float(eps))
 
 
 def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: float = 0.0) -> Tensor:
@@ -64,17 +60,10 @@ def gmm_log_prob(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: flo
     means, rho and logits may have any float dtype and are cast to that of the result. NorMatch's code uses
     eps = 1e-6. Distances are sums of (z - mu)^2, never the expanded square, and sigma is finite for any rho.
 
-    Raises TypeError for an argument that is not a float tensor or an eps that is not a number, and ValueError for a
-    wrong shape, K = 0, D = 0, mixed devices, a negative eps or a NaN in rho; the message names the argument. (On a
-    GPU and under `torch.compile` the values of rho are not checked; a NaN there makes the results NaN.)
+    Raises ValueError also for K = 0, D = 0 and a NaN in rho. (On a GPU and under `torch.compile` the values of rho are
+    not checked; a NaN there makes the results NaN.)
     """
-    op = "gmm_log_prob"
-    _check_points(op, z)
-    check_mixture(op, "z", z, means, rho, logits, eps)
-    if z.device.type not in KERNELS[op]:
-        return reference.gmm_log_prob(z, means, rho, logits, eps)
-    dtype = accumulation_dtype(z.dtype)
-    return torch.ops.normatch.gmm_log_prob.default(z, means.to(dtype), rho.to(dtype), logits.to(dtype), float(eps))
+    return _evaluate("gmm_log_prob", z, means, rho, logits, eps)
 
 
 def _fake(z, means, rho, logits, eps):
@@ -111,18 +100,10 @@ def gmm_posterior(z: Tensor, means: Tensor, rho: Tensor, logits: Tensor, eps: fl
     """z: (N, D), means: (K, D), rho, logits: (K,) -> class_log_prob: (N, K), log_prob, label, confidence: (N,).
 
     `gmm_log_prob` and, in the same pass, what pseudo-labeling needs: the log-likelihood of each point, its most
-    probable class and that class's posterior probability (FixMatch: Sohn et al., NeurIPS 2020, section 2), with the
-    same arguments and errors. All outputs except the label are differentiable.
+    probable class and that class's posterior probability (FixMatch: Sohn et al., NeurIPS 2020, section 2). All outputs
+    except the label are differentiable.
     """
-    op = "gmm_posterior"
-    _check_points(op, z)
-    check_mixture(op, "z", z, means, rho, logits, eps)
-    if z.device.type not in KERNELS[op]:
-        return GmmPosterior(*reference.gmm_posterior(z, means, rho, logits, eps))
-    dtype = accumulation_dtype(z.dtype)
-    return GmmPosterior(
-        *torch.ops.normatch.gmm_posterior.default(z, means.to(dtype), rho.to(dtype), logits.to(dtype), float(eps))
-    )
+    return GmmPosterior(*_evaluate("gmm_posterior", z, means, rho, logits, eps))
 
 
 def _posterior_fake(z, means, rho, logits, eps):

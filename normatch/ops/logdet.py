@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from normatch import reference
-from normatch.ops._library import KERNELS, check_float, check_no_tangent, register
-from normatch.reference import accumulation_dtype
+from .. import reference
+from ..reference import accumulation_dtype
+from ._library import KERNELS, check_float, check_no_tangent, register
 
 
 def logdet(log_scale: Tensor) -> Tensor:
@@ -14,8 +14,6 @@ def logdet(log_scale: Tensor) -> Tensor:
     The log-determinant of an elementwise scaling, logdet_n = sum of log_scale[n] (RealNVP: Dinh, Sohl-Dickstein and
     Bengio, ICLR 2017, eq. 6), in nats, summed and returned in float32 (float64 for float64). Contiguous and
     channels-last tensors, and strided rows of them, are read in place; other layouts are copied first.
-
-    Raises TypeError for an argument that is not a float tensor, ValueError for one without dimensions.
     """
     check_float("logdet", "log_scale", log_scale)
     check_no_tangent("logdet", log_scale)
