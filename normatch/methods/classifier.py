@@ -36,7 +36,7 @@ class ImageClassifier(Method):
         super().__init__(task, config)
         if len(task.shape) != 3:
             raise UserError(f"method {config.method} classifies images: for rows of a table take --method flowgmm")
-        if config.sync_bn and distributed.ranks() == 1 and task.labeled:
+        if config.sync_bn and task.labeled and not distributed.launched():
             raise UserError("sync_bn is for training in several processes: leave it out")
         size = task.shape[1]
         if backbone is None:

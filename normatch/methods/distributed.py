@@ -17,13 +17,17 @@ from torch import nn
 from ..errors import UserError
 
 
+def launched() -> bool:
+    """Whether torchrun started this process, be it the only one. Schedulers set some of these variables."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
 def start(name: str) -> torch.device:
     """The device `name` (auto, cpu, cuda, cuda:N) of this process; joins the others if torchrun started it.
 
     NCCL between GPUs, gloo between CPUs. Raises `UserError` where the device is not there.
     """
-    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # by torchrun; schedulers set some of them
-    ranks, local = (int(os.environ.get(k, d)) if launched else d for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    ranks, local = (int(os.environ.get(k, d)) if launched() else d for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and ranks > 1:
