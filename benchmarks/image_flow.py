@@ -23,11 +23,12 @@ from torch.nn import functional as F
 
 from normatch import ops, reference
 from normatch.bench.kernels import mixture_loss
-from normatch.bench.measure import machine, medians, side_by_side, write_json
+from normatch.bench.measure import machine, medians, side_by_side
 from normatch.bench.rivals import published_coupling2d, published_mixture
 from normatch.flows import Flow, FlowClassifier, GaussianMixture, RealNVPMNIST
 from normatch.flows.layers import ImageCoupling
 from normatch.flows.realnvp import ResidualNet
+from normatch.tools.tables import write_json
 
 RESULTS = Path(__file__).parent / "results" / "image-flow"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from normatch import train
-from normatch.bench.measure import markdown, write_json
 from normatch.data import load_dataset, make_split
 from normatch.tools.compare import BASELINES, features
+from normatch.tools.tables import markdown, write_json
 
 RESULTS = Path(__file__).parent / "results" / "means"
 SETS = ("wine", "breast-cancer", "iris", "digits-table")

@@ -20,8 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.semi_supervised import LabelSpreading
 
 from normatch import train
-from normatch.bench.measure import markdown, write_json
 from normatch.data import load_dataset, make_split
+from normatch.tools.tables import markdown, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,10 +23,10 @@ from normatch import ops
 from normatch.augment.dali import missing
 from normatch.augment.draws import View
 from normatch.augment.policy import OPS, POLICIES
-from normatch.bench.measure import markdown
 from normatch.data import load_dataset
 from normatch.data.folders import FileImages
 from normatch.tools.contact_sheet import views_of
+from normatch.tools.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "augmentation.md"

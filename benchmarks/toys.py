@@ -20,9 +20,10 @@ from PIL import Image
 from torch import nn
 
 from normatch import make_config, train
-from normatch.bench.measure import markdown, medians, side_by_side, write_json
+from normatch.bench.measure import medians, side_by_side
 from normatch.bench.rivals import published_gaussians, published_layer
 from normatch.methods.flowgmm import FlowGMM
+from normatch.tools.tables import markdown, write_json
 from normatch.training.state import State
 from normatch.training.step import TrainStep
 

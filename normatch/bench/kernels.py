@@ -22,8 +22,9 @@ from torch.nn.functional import cross_entropy
 from .. import ops, reference
 from ..errors import UserError
 from ..tools.plot import new_figure
+from ..tools.tables import write_json
 from . import rivals
-from .measure import BYTES, Case, compare, copy_roof, keep_memory, machine, write_json
+from .measure import BYTES, Case, compare, copy_roof, keep_memory, machine
 
 # ---- the cases
 

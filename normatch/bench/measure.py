@@ -5,13 +5,11 @@ that a disturbance hits all of them alike, and rates are given as a share of a l
 """
 
 import ctypes
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch._functorch.config
@@ -271,20 +269,3 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
             }
         )  # fmt: skip
     return records
-
-
-def write_json(path: Path, result) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def markdown(header, rows) -> str:
-    """A Markdown table of a header and rows of cells."""
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (header, ["---"] * len(header), *rows))
-
-
-def aligned(header, rows) -> str:
-    """The same as text in aligned columns."""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)

@@ -23,11 +23,12 @@ from ..errors import UserError
 from ..flows import FlowHead, FlowOutput
 from ..methods import distributed
 from ..methods.classifier import decay_groups
+from ..tools.tables import write_json
 from ..training.loader import Batches
 from ..training.optim import Optimizer
 from ..training.state import State
 from ..training.step import TrainStep
-from .measure import Laps, machine, medians, side_by_side, write_json
+from .measure import Laps, machine, medians, side_by_side
 from .rivals import closed_head, published_layer, published_mask, published_mixture
 
 

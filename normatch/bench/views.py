@@ -20,8 +20,9 @@ from ..augment.policy import find_policy
 from ..data import Dataset, load_images, make_split
 from ..errors import UserError
 from ..tools.contact_sheet import views_of
+from ..tools.tables import aligned
 from ..training.loader import StepViews, choose_backend, make_batches
-from .measure import aligned, medians, seconds, side_by_side, synchronize
+from .measure import medians, seconds, side_by_side, synchronize
 
 
 def augment_arguments(parser) -> None:

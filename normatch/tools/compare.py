@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..bench.measure import markdown, write_json
 from ..config import FLOWS, make_config, presets, read_config
 from ..data import TABLES, Split, load_dataset, make_split, standardize
 from ..errors import UserError, nearest
 from ..training.optim import SCHEDULES
 from ..training.run import check_same_run
 from ..training.trainer import train
+from .tables import markdown, write_json
 
 # Unlabeled rows in the graphs of label spreading, as published for FlowGMM's tables.
 KNN_ROWS, RBF_ROWS = 10000, 5000
@@ -182,7 +182,8 @@ def baseline_records(dataset, split: Split, seed: int) -> Iterator[dict]:
 def _flow_keys(name: str) -> dict:
     """A preset that trains a flow end to end, or a data set -> keys for `make_config`.
 
-    A data set stands for its reduced preset if it has one, else its first, FlowGMM's before SCNF's; a table without any, for that of wine.
+    A data set stands for its reduced preset if it has one, else its first, FlowGMM's before SCNF's; a table without
+    any, for that of wine.
     """
     flows = {preset: values for preset, values in presets().items() if values.get("method") in FLOWS}
     if name in flows:
