@@ -67,10 +67,9 @@ def describe(dataset: Dataset) -> list[str]:
     height, width = dataset.train_x.shape[1:3]
     lines = [f"{'train':10} {len(dataset.train_x)} images of {len(dataset.classes)} classes, {width}x{height}"]
     widest = max(map(len, dataset.classes))
-    shown = list(zip(dataset.classes, counts.tolist(), strict=True))
-    lines += [f"  {name:<{widest}} {count}" for name, count in shown[:20]]
-    if len(shown) > 20:
-        lines.append(f"  and {len(shown) - 20} more, {counts.min()} to {counts.max()} images each")
+    lines += [f"  {name:<{widest}} {count}" for name, count in zip(dataset.classes[:20], counts, strict=False)]
+    if len(counts) > 20:
+        lines.append(f"  and {len(counts) - 20} more, {counts.min()} to {counts.max()} images each")
     if len(known) < len(dataset.train_labels):
         lines.append(f"{'unlabeled':10} {len(dataset.train_labels) - len(known)} images")
     lines.append(f"{'test':10} {len(dataset.test_x)} images")
@@ -89,18 +88,15 @@ def contact_sheet(
     total = len(dataset.train_x)
     picked = np.linspace(0, total - 1, min(rows, total)).astype(np.int64)
     images = dataset.train_x[picked]
-    kinds = [View.UNLABELED_WEAK] * weak + [View.UNLABELED_STRONG] * strong
-    visits = [*range(weak), *range(strong)]
-    grid, captions = [images[:, None]], [[[]] * (1 + weak) for _ in picked]
-    if kinds:
-        draws = np.array(
-            [[i, row, visit, kind] for i, row in enumerate(picked) for visit, kind in zip(visits, kinds, strict=True)]
-        )
-        views = views_of(images, draws, policy, seed, backend, dataset.flip)
-        grid.append(views.permute(0, 2, 3, 1).numpy().reshape(len(picked), len(kinds), *images.shape[1:]))
+    kinds = (View.UNLABELED_WEAK, weak), (View.UNLABELED_STRONG, strong)
+    views = [(visit, kind) for kind, count in kinds for visit in range(count)]
+    tiles, captions = images[:, None], [[[]] * (1 + weak) for _ in picked]
+    if views:
+        draws = np.array([(i, row, *view) for i, row in enumerate(picked) for view in views])
+        made = views_of(images, draws, policy, seed, backend, dataset.flip).permute(0, 2, 3, 1).numpy()
+        tiles = np.concatenate((tiles, made.reshape(len(picked), len(views), *images.shape[1:])), axis=1)
         for sample, row in zip(picked, captions, strict=True):
             row += _operations(policy, seed, sample, strong, *images.shape[1:3])
-    tiles = np.concatenate(grid, axis=1)
     classes = ["no label" if label < 0 else dataset.classes[label] for label in dataset.train_labels[picked]]
     return _draw(tiles, classes, captions, weak, title)
 
@@ -120,12 +116,11 @@ def views_of(images, draws: np.ndarray, policy, seed: int, backend: str, flip: b
 
 def _operations(policy, seed: int, sample: int, strong: int, height: int, width: int) -> list[list[str]]:
     """The operations of each of a sample's strong views, in order: "Rotate -12", ..."""
-    p = draw_parameters(policy, seed, np.arange(strong), np.full(strong, sample), View.UNLABELED_STRONG, height, width,
-                        strong=True)  # fmt: skip
-    names = [[OPS[op] for op in ops] for ops in p.op]
+    samples = np.full(strong, sample)
+    p = draw_parameters(policy, seed, np.arange(strong), samples, View.UNLABELED_STRONG, height, width, strong=True)
     return [
-        [f"{op} {value:.3g}" if op in policy.ranges else op for op, value, done in zip(*view, strict=True) if done]
-        for view in zip(names, p.value.tolist(), p.applied, strict=True)
+        [f"{OPS[op]} {value:.3g}" if OPS[op] in policy.ranges else OPS[op] for op, value, done in view if done]
+        for view in (zip(*of_view, strict=True) for of_view in zip(p.op, p.value, p.applied, strict=True))
     ]
 
 

@@ -13,9 +13,8 @@ from normatch.augment import dali
 
 def info() -> str:
     """A plain-text table, one fact per line. Never raises: a fact that cannot be determined says so in its line."""
-    lines = [(label, _guarded(find)) for label, find in _FACTS.items()]
-    width = max(len(label) for label, _ in lines)
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+    width = max(map(len, _FACTS))
+    return "\n".join(f"{label:<{width}}  {_guarded(find)}" for label, find in _FACTS.items())
 
 
 def _guarded(find) -> str:
@@ -34,25 +33,21 @@ def _version(package: str) -> str:
 
 def _torchvision() -> str:
     version = _version("torchvision")
-    if version == "not installed":
-        return version
     try:
         import torchvision  # noqa: F401
     except Exception as error:
-        return f"{version}, but it cannot be imported: {str(error).splitlines()[0]}"
+        return (
+            version
+            if version == "not installed"
+            else f"{version}, but it cannot be imported: {str(error).splitlines()[0]}"
+        )
     return version
 
 
-def _ops() -> str:
-    name, reason = ops.backend()
-    return f"{name} ({reason})"
-
-
 def _kernels() -> str:
-    by_device = {
-        device: [op for op, devices in ops.kernels().items() if device in devices] for device in ("cpu", "cuda")
-    }
-    return "; ".join(f"{device.upper()}: {', '.join(names) or 'none'}" for device, names in by_device.items())
+    kernels = ops.kernels().items()
+    names = {device: ", ".join(op for op, devices in kernels if device in devices) for device in ("cpu", "cuda")}
+    return "; ".join(f"{device.upper()}: {of_device or 'none'}" for device, of_device in names.items())
 
 
 def _build() -> str:
@@ -75,10 +70,9 @@ def _cuda_architectures() -> str:
 def _gpu() -> str:
     if not torch.backends.cuda.is_built():
         return f"none (PyTorch {torch.__version__} has no CUDA)"
-    if not torch.cuda.is_available():
-        return "none found"
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return "; ".join(f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+    found = "; ".join(f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+    return found or "none found"
 
 
 def _dali() -> str:
@@ -95,21 +89,17 @@ def _cpu() -> str:
     return f"{platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}{ours}"
 
 
-def _threads() -> str:
-    return f"{torch.get_num_threads()} of {os.cpu_count()} logical processors"
-
-
 _FACTS = {
     "normatch": lambda: __version__,
     "Python": lambda: f"{platform.python_version()} ({sys.executable})",
     "PyTorch": lambda: torch.__version__,
     "torchvision": _torchvision,
-    "ops": _ops,
+    "ops": lambda: "{} ({})".format(*ops.backend()),
     "kernels": _kernels,
     "build": _build,
     "CUDA architectures": _cuda_architectures,
     "GPU": _gpu,
     "DALI": _dali,
     "CPU": _cpu,
-    "threads": _threads,
+    "threads": lambda: f"{torch.get_num_threads()} of {os.cpu_count()} logical processors",
 }

@@ -1,5 +1,6 @@
 """`normatch verify-resume`: shows by trial that a run survives being killed."""
 
+import contextlib
 import json
 import multiprocessing
 import random
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from ..config import Config
 from ..errors import UserError
 from ..published.checkpoints import load_checkpoint
+from ..training.run import Run
 
 COMPARED = ("step", "best", "model", "ema", "optimizer", "meter", "rng")
 
@@ -35,11 +37,15 @@ def verify_resume(config: Config, kills: int = 20) -> dict:
     if not (Path(killed.out) / "summary.json").exists():
         _finish(_start(killed))
 
-    steps, different = _compared(whole, killed)
+    runs = Run(whole), Run(killed)
+    a, b = (load_checkpoint(run.last) for run in runs)
+    different = [part for part in COMPARED if not same(a.get(part), b.get(part))]
+    if not same(*(load_checkpoint(run.best)["ema"] for run in runs)):
+        different.append("best")
     unfinished = [path.name for path in Path(killed.out).rglob("*.new")]
     certificate = {
         "bit_equal": not different and not unfinished,
-        "steps": steps,
+        "steps": a["step"],
         "kills": len(resumed_from),
         "checkpoints_at_the_kills": resumed_from,
         "compared": list(COMPARED),
@@ -68,14 +74,13 @@ def _clear(config: Config, kills: int):
 
 def _killed_steps(config: Config, kills: int, seconds: float) -> list[int]:
     """Train `config`, a run of `seconds`, killing and resuming it -> the step of the checkpoint at each kill."""
-    draw, steps, out = random.Random(config.seed), [], Path(config.out)
-    last = out / "checkpoints" / "last.pt"
+    draw, steps, run = random.Random(config.seed), [], Run(config)
     for kill in range(kills):
         process = _start(config)
         # Three times out of four, wait for a new checkpoint; else the run may still be starting or before its first.
-        before = _written(last)
+        before = _written(run.last)
         wait = draw.random() < 0.75
-        while wait and _written(last) == before and process.exitcode is None:
+        while wait and _written(run.last) == before and process.exitcode is None:
             time.sleep(0.001)
         process.join(draw.uniform(0, seconds / (2 * kills)))
         if process.exitcode is not None:
@@ -83,22 +88,13 @@ def _killed_steps(config: Config, kills: int, seconds: float) -> list[int]:
             break
         process.kill()
         process.join()
-        steps.append(_newest_step(out))
+        steps.append(_newest_step(run))
         print(f"kill {kill + 1} of {kills}: the checkpoint at hand is of step {steps[-1]}", flush=True)
-        if (out / "summary.json").exists():  # it had only to exit
+        if (run.folder / "summary.json").exists():  # it had only to exit
             break
     if not steps:
         raise UserError("the run ended before it could be killed: give it more --steps")
     return steps
-
-
-def _compared(whole: Config, killed: Config) -> tuple[int, list[str]]:
-    """-> the number of steps, the names of what differs between the two runs."""
-    folders = [Path(run.out) / "checkpoints" for run in (whole, killed)]
-    a, b = (load_checkpoint(folder / "last.pt") for folder in folders)
-    different = [part for part in COMPARED if not same(a.get(part), b.get(part))]
-    best = [load_checkpoint(folder / "best.pt")["ema"] for folder in folders]
-    return a["step"], different + ([] if same(*best) else ["best"])
 
 
 def _start(config: Config):
@@ -131,13 +127,11 @@ def _written(path: Path) -> int | None:
         return None
 
 
-def _newest_step(run: Path) -> int:
+def _newest_step(run: Run) -> int:
     """The step of the newest complete checkpoint, 0 if there is none yet."""
-    for name in ("last.pt", "previous.pt"):
-        try:
-            return load_checkpoint(run / "checkpoints" / name)["step"]
-        except UserError:
-            continue
+    for path in (run.last, *run.earlier):
+        with contextlib.suppress(UserError):
+            return load_checkpoint(path)["step"]
     return 0
 
 
