@@ -66,43 +66,47 @@ def plane_figure(model: FlowDensity, x: torch.Tensor, y: torch.Tensor, points: i
     """x: (n, 2), y: (n,), -1 without label -> Figure of six panels, after the toys of Izmailov et al. 2020."""
     figure, panels = new_figure(2, 3, (13.5, 9))
     out = model(x)
-    guess = out.class_log_prob.argmax(1).cpu().numpy()
-    z, known = out.z.cpu().numpy(), y.cpu().numpy()
-    x_limits = _limits(x.cpu().numpy())
-    z_limits = _limits(np.concatenate((z, model.class_means().cpu().numpy())), 0.9)
-    drawn = model.sample_latent(1000)
-    sampled = model.inverse(drawn)
-    sampled_class = model(sampled).class_log_prob.argmax(1).cpu().numpy()
-    drawn, sampled = drawn.cpu().numpy(), sampled.cpu().numpy()
+    guess, z, known = _classes(out), _host(out.z), _host(y)
+    latent = model.sample_latent(1000)
+    sampled = model.inverse(latent)
+    sampled_class = _classes(model(sampled))
+    x_limits = _limits(_host(x))
+    z_limits = _limits(np.concatenate((z, _host(model.class_means()))), 0.9)
 
-    _scatter(panels[0], x.cpu().numpy(), guess, known)
-    _grid(panels[0], x_limits, lambda line: line, x)
-    _scatter(panels[1], z, guess, known)
-    _grid(panels[1], x_limits, lambda line: model(line).z, x)
-    axes = np.meshgrid(np.linspace(*x_limits[0], points), np.linspace(*x_limits[1], points))
-    plane = torch.tensor(np.stack([axis.ravel() for axis in axes], 1), dtype=x.dtype, device=x.device)
-    here = model(plane)
-    region = here.class_log_prob.argmax(1).cpu().numpy().reshape(points, points)
-    classes = here.class_log_prob.shape[1]
-    levels = np.arange(classes + 1) - 0.5
-    panels[2].contourf(*axes, region, levels=levels, colors=colors(classes), alpha=0.35)
-    _scatter(panels[2], x.cpu().numpy(), guess, known)
-    _scatter(panels[3], drawn, sampled_class)
-    _grid(panels[3], z_limits, lambda line: line, x)
-    _scatter(panels[4], sampled, sampled_class)
-    _grid(panels[4], z_limits, model.inverse, x)
-    density = here.log_prob.cpu().numpy().reshape(points, points)
-    shown = panels[5].imshow(
-        np.maximum(density, density.max() - 12), origin="lower", extent=(*x_limits[0], *x_limits[1]), aspect="auto"
-    )
+    axes = np.meshgrid(*(np.linspace(*limit, points) for limit in x_limits))
+    plane = model(torch.tensor(np.stack([axis.ravel() for axis in axes], 1), dtype=x.dtype, device=x.device))
+    region, density = _classes(plane).reshape(points, points), _host(plane.log_prob).reshape(points, points)
+    classes = plane.class_log_prob.shape[1]
+    panels[2].contourf(*axes, region, levels=np.arange(classes + 1) - 0.5, colors=colors(classes), alpha=0.35)
+    extent = (*x_limits[0], *x_limits[1])
+    shown = panels[5].imshow(np.maximum(density, density.max() - 12), origin="lower", extent=extent, aspect="auto")
     figure.colorbar(shown, ax=panels[5], label="log p(x), nats")
-    titles = (
-        "Data, by the class they are given", "In latent space z = f(x), with the grid", "Decision regions",
-        "Samples in latent space", "Through the inverse, x = f⁻¹(z), with the grid", "Density",
+
+    panel_rows = (  # title, limits, points, limits of the grid and the map through which it is seen
+        ("Data, by the class they are given", x_limits, (_host(x), guess, known), x_limits, lambda line: line),
+        ("In latent space z = f(x), with the grid", z_limits, (z, guess, known), x_limits, lambda line: model(line).z),
+        ("Decision regions", x_limits, (_host(x), guess, known), None, None),
+        ("Samples in latent space", z_limits, (_host(latent), sampled_class), z_limits, lambda line: line),
+        ("Through the inverse, x = f⁻¹(z), with the grid", x_limits, (_host(sampled), sampled_class), z_limits,
+         model.inverse),
+        ("Density", x_limits, None, None, None),
     )  # fmt: skip
-    for axes, title, limits in zip(panels, titles, (*(x_limits, z_limits) * 2, x_limits, x_limits), strict=True):
+    for axes, (title, limits, scatter, grid_limits, through) in zip(panels, panel_rows, strict=True):
+        if scatter:
+            _scatter(axes, *scatter)
+        if through:
+            _grid(axes, grid_limits, through, x)
         axes.set(xlim=limits[0], ylim=limits[1], title=title)
     return figure
+
+
+def _host(value: torch.Tensor) -> np.ndarray:
+    return value.cpu().numpy()
+
+
+def _classes(out: FlowOutput) -> np.ndarray:
+    """-> (n,) the most probable ones."""
+    return _host(out.class_log_prob.argmax(1))
 
 
 def _scatter(axes, points, labels, known=None):
@@ -120,7 +124,7 @@ def _grid(axes, limits, through, like, lines=15, points=150):
     for axis in (0, 1):
         for value in torch.linspace(*limits[axis], lines, dtype=like.dtype, device=like.device):
             line = torch.stack((value.expand(points), along[1]) if axis == 0 else (along[0], value.expand(points)), 1)
-            axes.plot(*through(line).cpu().numpy().T, color="#555555", linewidth=0.4, alpha=0.6, zorder=0)
+            axes.plot(*_host(through(line)).T, color="#555555", linewidth=0.4, alpha=0.6, zorder=0)
 
 
 def _limits(points, margin=0.25):
@@ -137,14 +141,12 @@ def latent_figure(model: FlowDensity, train, test, shuffled, classes: list[str])
 
     With a single class only the histograms. The area of a dot in the diagram is the share of samples in its bin.
     """
-    parts = {"training": train[0], "test": test[0], "shuffled": shuffled}
-    parts = {name: _outputs(model, x[:5000]) for name, x in parts.items()}
-    values = {name: part.log_prob.cpu().numpy() for name, part in parts.items()}
+    samples = {"training": train[0], "test": test[0], "shuffled": shuffled}
+    parts = {name: _outputs(model, x[:5000]) for name, x in samples.items()}
+    figure, panels = new_figure(1, 1, (6, 4.4)) if len(classes) == 1 else new_figure(1, 3, (14.5, 4.4))
+    _densities(panels[-1], {name: _host(part.log_prob) for name, part in parts.items()})
     if len(classes) == 1:
-        figure, panels = new_figure(1, 1, (6, 4.4))
-        _densities(panels[0], values)
         return figure
-    figure, panels = new_figure(1, 3, (14.5, 4.4))
     means = model.class_means().cpu()
     distance = (torch.cdist(means, means) / model.width().cpu()).numpy()
     shown = panels[0].imshow(distance, cmap="viridis")
@@ -168,8 +170,6 @@ def latent_figure(model: FlowDensity, train, test, shuffled, classes: list[str])
     panels[1].plot([0, 1], [0, 1], "--", color="#999999", linewidth=1)
     panels[1].set(xlabel="confidence", ylabel="accuracy", title="Reliability, with a temperature τ", xlim=(0, 1.02))
     panels[1].legend(loc="upper left", frameon=False, fontsize=8)
-
-    _densities(panels[2], values)
     return figure
 
 
@@ -205,8 +205,8 @@ def temperature(logits: torch.Tensor, y: torch.Tensor) -> float:
 
 def reliability(probs: torch.Tensor, y: torch.Tensor, bins: int = 15):
     """probs: (n, K), y: (n,) -> mean confidence, accuracy and share of each non-empty bin, each (b,); ECE."""
-    confidence, choice = (v.cpu().numpy() for v in probs.max(1))
-    right = choice == y.cpu().numpy()
+    confidence, choice = map(_host, probs.max(1))
+    right = choice == _host(y)
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(index, minlength=bins)
     full = count > 0

@@ -186,10 +186,9 @@ def draw(runs: list[RunCurves]):
     if not panels:
         raise UserError(f"{runs[0].folder} has none of the metrics that are plotted")
 
-    columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
-    rows = math.ceil(len(panels) / columns)
-    size = 4.2 * columns, 3.4 * rows + 0.35 * math.ceil(len(groups) / 2)
-    figure, grid = new_figure(rows, columns, size)
+    rows = 1 if len(panels) <= 3 else 2
+    columns = math.ceil(len(panels) / rows)
+    figure, grid = new_figure(rows, columns, (4.2 * columns, 3.4 * rows + 0.35 * math.ceil(len(groups) / 2)))
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid, panels, strict=False):
@@ -221,9 +220,8 @@ def draw(runs: list[RunCurves]):
             handles = [Line2D([], [], color="#444444", linestyle=style) for style in STYLES[: len(names)]]
             axes.legend(handles, [panel.curves[name] for name in names], fontsize=7.5, framealpha=0.6)
     handles = [Line2D([], [], color=color, linewidth=3) for color in colors(len(groups))]
-    figure.legend(
-        handles, list(groups), loc="outside upper center", ncols=min(2, len(groups)), fontsize=9, frameon=False
-    )
+    place = {"loc": "outside upper center", "ncols": min(2, len(groups))}
+    figure.legend(handles, list(groups), **place, fontsize=9, frameon=False)
     return figure
 
 
