@@ -355,10 +355,10 @@ def test_a_file_that_vanishes_stops_the_run_with_its_name(folder, settings):
 
 def test_a_run_is_evaluated_as_it_was_trained(folder, monkeypatch):
     """A training set larger than memory must not be read into it to score the test set."""
-    import normatch.evaluation
+    import normatch.model
 
     given = []
-    monkeypatch.setattr(normatch.evaluation, "load_dataset", lambda *a: given.append(load_dataset(*a)) or given[-1])
+    monkeypatch.setattr(normatch.model, "load_dataset", lambda *a: given.append(load_dataset(*a)) or given[-1])
     arguments = {"dataset": "folder", "data_dir": str(folder), "num_labels": 8, "batch_size": 2, "uratio": 2,
                  "steps": 1, "backbone": "wrn-10-1", "device": "cpu", "progress": False}  # fmt: skip
     for in_memory in (True, False):
