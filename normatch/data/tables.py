@@ -49,8 +49,13 @@ def eight_gaussians(request: Request) -> Dataset:
 
 
 def pinwheels(request: Request) -> Dataset:
-    """(1000, 2): five spiral arms, with 3, 2, 3, 2 and 3 labels."""
-    x, y = pinwheel(1000, arms=5, rng=np.random.RandomState(0))
+    """(1000, 2): five spiral arms, those of Johnson et al. 2016 (SVAE) at twice the scale; 3, 2, 3, 2 and 3 labels."""
+    rng = np.random.RandomState(0)
+    y = rng.randint(5, size=1000)
+    x = rng.randn(1000, 2) * [0.3, 0.1] + [1, 0]
+    angle = 2 * np.pi * y / 5 + 0.25 * np.exp(x[:, 0])
+    cos, sin = np.cos(angle), np.sin(angle)
+    x = 2 * np.stack([x[:, 0] * cos - x[:, 1] * sin, x[:, 0] * sin + x[:, 1] * cos], 1)
     return _toy(request, x, y, _first_rows(y, y, (3, 2, 3, 2, 3)))
 
 
@@ -67,15 +72,6 @@ def _first_rows(clusters, y, counts) -> list[int]:
         rows = [np.flatnonzero(clusters == c) for c in np.unique(clusters[y == label])]
         labeled += [rows[i % len(rows)][i // len(rows)] for i in range(count)]
     return labeled
-
-
-def pinwheel(n: int, arms: int, rng: np.random.RandomState, radial=0.3, tangential=0.1, rate=0.25):
-    """-> (n, 2) points on spiral arms and (n,) their arms: Johnson et al. 2016 (SVAE), at twice the scale."""
-    arm = rng.randint(arms, size=n)
-    x = rng.randn(n, 2) * [radial, tangential] + [1, 0]
-    angle = 2 * np.pi * arm / arms + rate * np.exp(x[:, 0])
-    cos, sin = np.cos(angle), np.sin(angle)
-    return 2 * np.stack([x[:, 0] * cos - x[:, 1] * sin, x[:, 0] * sin + x[:, 1] * cos], 1), arm
 
 
 def picture(request: Request) -> Dataset:
@@ -106,9 +102,6 @@ def picture(request: Request) -> Dataset:
     return from_arrays(x[:20000], y[:20000], x[20000:], y[20000:], ["all"], "picture", scale="none")
 
 
-# ---- scikit-learn's
-
-
 def bundled(request: Request) -> Dataset:
     """(N, D): one of scikit-learn's tables. A fifth of each class is the test set, whatever the run's seed.
 
@@ -127,9 +120,6 @@ def bundled(request: Request) -> Dataset:
         train, test = train_test_split(np.arange(len(y)), test_size=0.2, random_state=0, stratify=y)
     classes = [str(name) for name in bunch.target_names]
     return from_arrays(x[train], y[train], x[test], y[test], classes, request.name)
-
-
-# ---- UCI's
 
 
 def miniboone(request: Request) -> Dataset:
@@ -286,9 +276,6 @@ def embed(name: str, data_dir: str | Path | None, model: str) -> Path:
     path = folder / EMBEDDED
     np.savez(path, train=x.astype(np.float32), test=test.astype(np.float32))
     return path
-
-
-# ---- Your own
 
 
 def csv_files(request: Request) -> Dataset:

@@ -9,22 +9,7 @@ from .realnvp import RealNVP, RealNVPMNIST, RealNVPTabular
 from .scnf import SCNF, ConditionalFlow, MaskedGlow, PointFlow
 
 __all__ = [
-    "SCNF",
-    "ConditionalFlow",
-    "Coupling",
-    "Flow",
-    "FlowClassifier",
-    "FlowDensity",
-    "FlowHead",
-    "FlowOutput",
-    "GaussianMixture",
-    "Glow",
-    "GlowMNIST",
-    "MaskedGlow",
-    "PointFlow",
-    "RealNVP",
-    "RealNVPMNIST",
-    "RealNVPTabular",
-    "dequantize",
-    "initialize",
-]
+    "SCNF", "ConditionalFlow", "Coupling", "Flow", "FlowClassifier", "FlowDensity", "FlowHead", "FlowOutput",
+    "GaussianMixture", "Glow", "GlowMNIST", "MaskedGlow", "PointFlow", "RealNVP", "RealNVPMNIST", "RealNVPTabular",
+    "dequantize", "initialize",
+]  # fmt: skip

@@ -151,9 +151,6 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], name: str) -> None
     module.load_state_dict(state)
 
 
-# ---- Reversible gradient ------------------------------------------------------------------------------------------
-
-
 @torch.compiler.disable
 def _reversible(flow, x):
     parameters = [p for p in flow.layers.parameters() if p.requires_grad]

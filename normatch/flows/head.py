@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import ops
 from .density import FlowOutput, MixtureDensity, checked_samples
+from .flow import invert_layers
 
 
 class Coupling(nn.Module):
@@ -20,6 +21,8 @@ class Coupling(nn.Module):
 
     def __init__(self, features: int, hidden: int, dropout: float, swap: bool, layers: int = 1):
         super().__init__()
+        if features < 2:
+            raise ValueError(f"features must be at least 2, one for each half, not {features}")
         kept = (features + swap) // 2  # half of an odd number is rounded down, and up with `swap`
         changed = features - kept
         self.kept, self.changed, self.swap = kept, changed, swap
@@ -113,8 +116,6 @@ class FlowHead(MixtureDensity):
         compat: str = "none",
     ):
         super().__init__()
-        if features < 2:
-            raise ValueError(f"features must be at least 2, one for each half, not {features}")
         if classes < 1 or couplings < 1 or hidden < 1:
             raise ValueError("classes, couplings and hidden must be at least 1")
         if compat not in ("none", "reference"):
@@ -137,10 +138,7 @@ class FlowHead(MixtureDensity):
         """z: (N, D) -> x (N, D) with `head(x).z == z`, in evaluation mode (dropout is not invertible)."""
         checked_samples(z, "z", (self.features,))
         with torch.autocast(z.device.type, enabled=False):
-            x = z.to(self.means.dtype)
-            for coupling in reversed(self.couplings):
-                x = coupling.inverse(x)
-            return x
+            return invert_layers(self.couplings, [z.to(self.means.dtype)])
 
     @torch.no_grad()
     def sample(self, n: int, label=None, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from .. import ops
 from ..reference import accumulation_dtype
 
-# ---- Pixels -------------------------------------------------------------------------------------------------------
-
 
 def dequantize(x: Tensor, levels: int = 256, noise: bool = True, generator: torch.Generator | None = None) -> Tensor:
     """x: (...) in [0, 1], of `levels` gray levels -> v: (...) in (0, 1), (level + noise in [0, 1)) / levels.
@@ -51,9 +49,6 @@ class Logit(nn.Module):
         return f"c={self.c}"
 
 
-# ---- Shapes -------------------------------------------------------------------------------------------------------
-
-
 class Squeeze(nn.Module):
     """x: (N, C, H, W) -> (N, 4 C, H / 2, W / 2), logdet 0: each 2 x 2 block of pixels becomes channels.
 
@@ -70,7 +65,7 @@ class Squeeze(nn.Module):
         z = F.pixel_unshuffle(x, 2)
         if self.order == "space":
             z = z.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
-        return z, _zero(x)
+        return z, x.new_zeros((), dtype=accumulation_dtype(x.dtype)).expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         if self.order == "space":
@@ -103,18 +98,14 @@ class FactorOut(nn.Module):
         rest = x.shape[axis] - self.out
         if self.first:
             out, x = x.split((self.out, rest), axis)
-        else:
-            x, out = x.split((rest, self.out), axis)
-        return x, out
+            return x, out
+        return x.split((rest, self.out), axis)
 
     def inverse(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.cat((out, x) if self.first else (x, out), _channel_axis(x))
 
     def extra_repr(self):
         return f"out={self.out}, first={self.first}"
-
-
-# ---- Channels -----------------------------------------------------------------------------------------------------
 
 
 class ActNorm(nn.Module):
@@ -178,13 +169,13 @@ class InvertibleConv(nn.Module):
         self.form, self.channels = form, channels
         if form == "full":
             self.W = nn.Parameter(torch.eye(channels))
+            if rotation:
+                nn.init.orthogonal_(self.W)
         else:
             self.v = nn.Parameter(torch.randn(factors, channels))
         if form == "qr":
             self.s = nn.Parameter(torch.zeros(channels))  # softplus(0) = ln 2
             self.R = nn.Parameter(torch.zeros(channels, channels))  # above the diagonal
-        if rotation and form == "full":
-            nn.init.orthogonal_(self.W)
         self.bias = nn.Parameter(torch.zeros(channels)) if rotation else None
 
     def matrix(self) -> Tensor:
@@ -231,9 +222,6 @@ def zero_last(net: nn.Sequential) -> nn.Sequential:
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
-
-
-# ---- Couplings ----------------------------------------------------------------------------------------------------
 
 
 class ImageCoupling(nn.Module):
@@ -336,9 +324,6 @@ def checkerboard(height: int, width: int, kept: str, like: Tensor) -> Tensor:
     return ((row[:, None] + column) % 2 == (kept == "odd")).to(like.dtype)
 
 
-# ---- Backward without stored activations --------------------------------------------------------------------------
-
-
 def rebuild(layer: nn.Module, z: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """A layer's output z -> its input x, the leaves whose gradients sum to that of x, z and logdet recomputed."""
     if hasattr(layer, "rebuild"):
@@ -367,7 +352,3 @@ def _over_channels(x, matrix, bias):
     if x.dim() == 4:
         return F.conv2d(x, matrix[:, :, None, None], bias)
     return F.linear(x, matrix, bias)
-
-
-def _zero(x):
-    return x.new_zeros((), dtype=accumulation_dtype(x.dtype)).expand(len(x))

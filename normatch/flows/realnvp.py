@@ -10,11 +10,9 @@ from torch.nn import functional as F
 from .. import ops
 from ..errors import UserError
 from .density import GaussianMixture, checked_samples
-from .flow import Flow, load_weights
+from .flow import Flow, invert_layers, load_weights, run_layers
 from .head import Coupling, fused_head
 from .layers import ActNorm, FactorOut, ImageCoupling, InvertibleConv, Logit, ResidualBlock, Squeeze, zero_last
-
-# ---- Tables -------------------------------------------------------------------------------------------------------
 
 
 class RealNVPTabular(nn.Module):
@@ -34,8 +32,6 @@ class RealNVPTabular(nn.Module):
         zero_init: bool = False,
     ):
         super().__init__()
-        if features < 2:
-            raise ValueError(f"features must be at least 2, one for each half, not {features}")
         if couplings < 1 or hidden < 1 or layers < 0:
             raise ValueError("couplings and hidden must be at least 1, layers at least 0")
         self.features, self.hidden, self.layers, self.dropout = features, hidden, layers, dropout
@@ -47,18 +43,12 @@ class RealNVPTabular(nn.Module):
                 zero_last(coupling.net)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z, logdet = self._check(x, "x"), 0.0
-        for coupling in self.couplings:
-            z, term = coupling(z)
-            logdet = logdet + term
+        (z,), logdet = run_layers(self.couplings, self._check(x, "x"))
         return z, logdet
 
     def inverse(self, z: torch.Tensor) -> torch.Tensor:
         """z: (N, D) -> x (N, D), in evaluation mode (dropout is not invertible)."""
-        x = self._check(z, "z")
-        for coupling in reversed(self.couplings):
-            x = coupling.inverse(x)
-        return x
+        return invert_layers(self.couplings, [self._check(z, "z")])
 
     def head_with(self, prior: GaussianMixture, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """x: (N, D) -> z, logdet, class_log_prob, log_prob by one op for flow and prior; None without a kernel."""
@@ -95,9 +85,6 @@ class RealNVPTabular(nn.Module):
 
     def _check(self, x, name):
         return checked_samples(x, name, (self.features,), self.couplings[0].gain)
-
-
-# ---- Images -------------------------------------------------------------------------------------------------------
 
 
 class WeightNormConv2d(nn.Module):

@@ -24,8 +24,6 @@ from .layers import (
     zero_last,
 )
 
-# ---- Networks -----------------------------------------------------------------------------------------------------
-
 
 class ConditionalNet(nn.Sequential):
     """x: (N, C, H, W), e: (N, E) -> (N, ...), or x: (..., C), e: (..., E) -> (..., ...): layers applied to [x, e].
@@ -62,9 +60,6 @@ def _residual_net(layer, inputs, width, outputs, kind):
 
     blocks = (block() for _ in range(4))
     return zero_last(kind(*layer(inputs, width), *blocks, NetActNorm(width), nn.ReLU(), *layer(width, outputs)))
-
-
-# ---- Flows --------------------------------------------------------------------------------------------------------
 
 
 class MaskedGlow(Flow):
@@ -173,9 +168,6 @@ class ConditionalFlow(nn.Module):
 def _half_to_even(channels):
     half = channels // 2
     return half + half % 2
-
-
-# ---- The model ----------------------------------------------------------------------------------------------------
 
 
 class SCNF(FlowDensity):

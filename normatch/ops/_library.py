@@ -105,6 +105,13 @@ def check_float(op: str, name: str, value: object, axes: tuple[str, ...] = ()) -
         check_dims(op, name, value, axes)
 
 
+def check_integers(op: str, name: str, value: object, dtype: torch.dtype, axes: tuple[str | int, ...]) -> None:
+    check_tensor(op, name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, not {value.dtype}")
+    check_dims(op, name, value, axes)
+
+
 def check_dims(op: str, name: str, value: Tensor, axes: tuple[str | int, ...]) -> None:
     """axes: the name of each axis, or its size where that is fixed."""
     fits = value.dim() == len(axes)

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..augment.policy import Policy, encode_policy, normalization
 from ..data.base import MAX_SIDE
-from ._library import KERNELS, check_dims, check_same, check_tensor, is_built
+from ._library import KERNELS, check_integers, check_same, is_built
 
 
 def augment_views(
@@ -29,14 +29,8 @@ def augment_views(
     Raises ValueError also for sides of 0 or above 2048 and, on the CPU, for rows outside `images`.
     """
     op = "augment_views"
-    for name, value, expected, axes in (
-        ("images", images, torch.uint8, ("M", "H", "W", 3)),
-        ("draws", draws, torch.int64, ("N", 4)),
-    ):
-        check_tensor(op, name, value)
-        if value.dtype != expected:
-            raise TypeError(f"{op}: {name} must be {expected}, not {value.dtype}")
-        check_dims(op, name, value, axes)
+    check_integers(op, "images", images, torch.uint8, ("M", "H", "W", 3))
+    check_integers(op, "draws", draws, torch.int64, ("N", 4))
     if not isinstance(policy, Policy):
         raise TypeError(f"{op}: policy must be a Policy, as in normatch.augment.policy.POLICIES, not {policy!r}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):

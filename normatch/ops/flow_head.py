@@ -15,10 +15,10 @@ from ._library import (
     build_info,
     check_dims,
     check_float,
+    check_integers,
     check_number,
     check_same,
     check_shape,
-    check_tensor,
     register,
 )
 from .affine_coupling import affine_coupling
@@ -154,10 +154,7 @@ def _check(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
     if not 0 <= dropout <= 1:
         raise ValueError(f"{op}: dropout must lie in [0, 1], but is {dropout}")
     if seed is not None:
-        check_tensor(op, "seed", seed)
-        if seed.dtype != torch.int64:
-            raise TypeError(f"{op}: seed must be torch.int64, not {seed.dtype}")
-        check_dims(op, "seed", seed, ())
+        check_integers(op, "seed", seed, torch.int64, ())
         check_same(op, "seed", seed, "x", x)
 
 
