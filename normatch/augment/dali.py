@@ -25,9 +25,8 @@ INSTALL = f"pip install nvidia-dali-cuda{(torch.version.cuda or '13').split('.')
 
 def missing() -> str | None:
     """-> why DALI cannot be used, or None if it can."""
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return f"NVIDIA DALI is not installed ({INSTALL})"
-    return None
+    installed = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    return None if installed else f"NVIDIA DALI is not installed ({INSTALL})"
 
 
 def dali_batches(

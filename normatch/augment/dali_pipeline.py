@@ -14,14 +14,11 @@ def build(source, batch_size: int, device: torch.device, mean, std, num_threads:
     gpu = device.type == "cuda"
     number = {name: i for i, name in enumerate(OPS)}
 
+    layouts = ["" if source.files else "HWC"] + [""] * (4 + 4 * policy.num_ops)
+
     @pipeline_def(enable_conditionals=True, exec_dynamic=True)
     def pipeline():
-        inputs = fn.external_source(
-            source.feed,
-            num_outputs=5 + 4 * policy.num_ops,
-            layout=["" if source.files else "HWC"] + [""] * (4 + 4 * policy.num_ops),
-            batch=True,
-        )
+        inputs = fn.external_source(source.feed, num_outputs=len(layouts), layout=layouts, batch=True)
         image, flip, crop, anchor, extent = inputs[:5]
         if source.files:
             # As folders.fit: the center square, resized by a triangle filter.
@@ -64,20 +61,11 @@ def build(source, batch_size: int, device: torch.device, mean, std, num_threads:
             image = _cropped(image, flip, crop, policy.padding, size)
         if mean is None:
             return image
-        return fn.crop_mirror_normalize(
-            image,
-            dtype=types.FLOAT,
-            output_layout="HWC",
-            mean=[255 * float(m) for m in mean],
-            std=[255 * float(s) for s in std],
-        )
+        scaled = {"mean": [255 * float(m) for m in mean], "std": [255 * float(s) for s in std]}
+        return fn.crop_mirror_normalize(image, dtype=types.FLOAT, output_layout="HWC", **scaled)
 
-    made = pipeline(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=2,
-    )
+    device_id = (device.index or 0) if gpu else None
+    made = pipeline(batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=2)
     made.build()
     return made
 
@@ -99,9 +87,9 @@ def _padded(image, size):
 
 def _cropped(image, flip, crop, padding, size):
     image = fn.flip(image, horizontal=flip)
-    offset = (0, 0) if padding == "reflect" else (size[0] // 8, size[1] // 8)
+    offset = (size[0] // 8, size[1] // 8)
     if padding == "reflect":
-        image = _padded(image, size)
+        image, offset = _padded(image, size), (0, 0)
     start = crop - types.Constant(np.array(offset, np.int32))
     return fn.slice(image, start=start, shape=size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
 

@@ -84,15 +84,9 @@ def draw_parameters(
         for word, size in ((words[:, 5], np.float32(width)), (words[:, 6], np.float32(height))):
             center.append(size + _unit(word) * (1 - size) if policy.cutout_downwards else _unit(word) * size)
         box = cutout_box(*center, side, height, width)
-    return Parameters(
-        flip=_coin(words[:, 0]) & (flip and policy.flip),
-        row=_below(words[:, 1], 2 * (height // 8) + 1),
-        col=_below(words[:, 2], 2 * (width // 8) + 1),
-        op=op,
-        applied=_unit(per_op[..., 2]) < np.float32(policy.probability),
-        value=value,
-        box=box,
-    )
+    applied = _unit(per_op[..., 2]) < np.float32(policy.probability)
+    row, col = (_below(words[:, 1 + i], 2 * (size // 8) + 1) for i, size in enumerate((height, width)))
+    return Parameters(_coin(words[:, 0]) & (flip and policy.flip), row, col, op, applied, value, box)
 
 
 def cutout_box(cx, cy, side, height: int, width: int):

@@ -23,9 +23,8 @@ def make_views(images, draws, policy: Policy, seed: int, flip: bool = True) -> n
     strong = kinds == View.UNLABELED_STRONG
     for which, is_strong in ((~strong, False), (strong, True)):
         if which.any():
-            p = draw_parameters(
-                policy, seed, visits[which], samples[which], kinds[which], *images.shape[1:3], is_strong, flip
-            )
+            counters = visits[which], samples[which], kinds[which]
+            p = draw_parameters(policy, seed, *counters, *images.shape[1:3], is_strong, flip)
             originals = images[rows[which]]
             views[which] = strong_views(originals, p, policy) if is_strong else weak_views(originals, p, policy.padding)
     return views

@@ -185,18 +185,11 @@ def op_values(policy: Policy, height: int, width: int):
 @lru_cache(maxsize=32)
 def encode_policy(policy: Policy, height: int, width: int, flip: bool) -> tuple[list[int], list[float]]:
     """The policy as the native op takes it -> integers (the operations last), and real numbers."""
+    p = policy
     rules = [
-        policy.num_ops,
-        policy.levels,
-        policy.random_sign,
-        policy.padding == "reflect",
-        policy.ops_first,
-        policy.cutout_pixels,
-        policy.cutout_downwards,
-        flip and policy.flip,
-        *policy.cutout_fill,
-        *(OPS.index(op) for op in policy.ops),
-    ]
+        p.num_ops, p.levels, p.random_sign, p.padding == "reflect", p.ops_first, p.cutout_pixels, p.cutout_downwards,
+        flip and p.flip, *p.cutout_fill, *(OPS.index(op) for op in p.ops),
+    ]  # fmt: skip
     values = [policy.probability, policy.cutout_fraction, *op_values(policy, height, width).reshape(-1).tolist()]
     return [int(rule) for rule in rules], values
 

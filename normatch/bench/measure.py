@@ -52,12 +52,7 @@ def outputs_of(result) -> list[Tensor]:
 def make_call(op, inputs: list[Tensor], direction: str, loss=None) -> Callable[[], list[Tensor]]:
     """The function to time: calls `op`, or computes its gradients, and returns the result."""
     if direction in ("forward", "inverse"):
-
-        def forward():
-            with torch.no_grad():
-                return outputs_of(op(*inputs))
-
-        return forward
+        return torch.no_grad()(lambda: outputs_of(op(*inputs)))
     torch._functorch.config.donated_buffer = False  # allows a compiled backward to run repeatedly
     inputs = [value.detach().requires_grad_() for value in inputs]
     outputs = outputs_of(op(*inputs))
@@ -69,15 +64,13 @@ def make_call(op, inputs: list[Tensor], direction: str, loss=None) -> Callable[[
         grads = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
     used = [i for i, grad in enumerate(grads) if grad is not None]
     grads = [grads[i] for i in used]
+
+    def gradients(outputs, keep=False):
+        return list(torch.autograd.grad([outputs[i] for i in used], inputs, grads, retain_graph=keep))
+
     if direction == "backward":
-        outputs = [outputs[i] for i in used]
-        return lambda: list(torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
-
-    def training():
-        outputs = outputs_of(op(*inputs))
-        return list(torch.autograd.grad([outputs[i] for i in used], inputs, grads))
-
-    return training
+        return lambda: gradients(outputs, keep=True)
+    return lambda: gradients(outputs_of(op(*inputs)))
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -105,9 +98,7 @@ def check_agreement(case: Case, provider: str, inputs: list[Tensor]) -> None:
 class _Operations(TorchDispatchMode):
     """Counts the operations dispatched to kernels, views excluded: each is at least one launch on a GPU."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not func.is_view
@@ -120,10 +111,8 @@ def operations(call: Callable) -> int:
     return counter.count
 
 
-def launches(call: Callable) -> int | None:
-    """The number of kernels that one call launches on the GPU; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
+def launches(call: Callable) -> int:
+    """The number of kernels that one call launches on the GPU."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -258,14 +247,12 @@ def compare(case: Case, device: str, rounds: int, leave_out=()) -> list[dict]:
     for name, call in calls.items():
         median = statistics.median(times[name])
         low, _, high = statistics.quantiles(times[name], n=4) if len(times[name]) > 1 else (median,) * 3
-        records.append(
-            {
-                "case": case.name, "op": case.op, "direction": case.direction, "size": case.size,
-                "elements": case.elements, "dtype": str(case.dtype).removeprefix("torch."), "provider": name,
-                "seconds": median, "quartiles": [low, high], "rounds": len(times[name]),
-                "bytes": case.bytes, "flop": case.flop, **rates(case.bytes, case.flop, median, roof),
-                "operations": None if "compiled" in name else operations(call),
-                "launches": launches(call) if device == "cuda" else None,
-            }
-        )  # fmt: skip
+        records.append({
+            "case": case.name, "op": case.op, "direction": case.direction, "size": case.size,
+            "elements": case.elements, "dtype": str(case.dtype).removeprefix("torch."), "provider": name,
+            "seconds": median, "quartiles": [low, high], "rounds": len(times[name]),
+            "bytes": case.bytes, "flop": case.flop, **rates(case.bytes, case.flop, median, roof),
+            "operations": None if "compiled" in name else operations(call),
+            "launches": launches(call) if device == "cuda" else None,
+        })  # fmt: skip
     return records

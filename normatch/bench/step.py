@@ -300,20 +300,19 @@ def published_step(ours: OurStep):
             pi, choice = flow_u[2].softmax(1).max(1)
             agree = choice.eq(label).float()
             weight = torch.max(agree, (1 - agree) * torch.min(confidence, pi))
-            if config.one_hot:
-                cross_entropy = F.cross_entropy(logits_strong, label, reduction="none")
-            else:
-                cross_entropy = -(q * logits_strong.log_softmax(1)).sum(1)
-            loss_u = (cross_entropy * weight).mean()
             loss_f = F.cross_entropy(flow_x[2], y)
             loss_n = -(flow_u[3] - features.shape[1] * math.log(256)).mean()
-            r = min(next(steps) // 1024 * 1024 / max(config.warmup_flow, 1), 1)
-            loss = loss_x + config.lambda_u * loss_u
-            loss = loss + r * config.lambda_flow * loss_f + r * config.lambda_flow_unsup * loss_n
         else:
             weight = confidence.ge(config.p_cutoff).float()
-            loss_u = (F.cross_entropy(logits_strong, label, reduction="none") * weight).mean()
-            loss = loss_x + config.lambda_u * loss_u
+        if flow and not config.one_hot:
+            cross_entropy = -(q * logits_strong.log_softmax(1)).sum(1)
+        else:
+            cross_entropy = F.cross_entropy(logits_strong, label, reduction="none")
+        loss_u = (cross_entropy * weight).mean()
+        loss = loss_x + config.lambda_u * loss_u
+        if flow:
+            r = min(next(steps) // 1024 * 1024 / max(config.warmup_flow, 1), 1)
+            loss = loss + r * config.lambda_flow * loss_f + r * config.lambda_flow_unsup * loss_n
         return loss, loss_x, loss_u, weight.mean(), label.eq(batch["u_y"]).float().mean(), confidence.mean()
 
     def once(batch):

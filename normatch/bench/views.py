@@ -24,14 +24,14 @@ from ..tools.tables import aligned
 from ..training.loader import StepViews, choose_backend, make_batches
 from .measure import medians, seconds, side_by_side, synchronize
 
+BACKENDS = ("native", "dali", "pil")
+
 
 def augment_arguments(parser) -> None:
     parser.add_argument("--dataset", default="digits", help="the images to make views of (default: digits)")
     parser.add_argument("--data_dir", help="folder that holds the data set")
     parser.add_argument("--augment", default="kekmodel", help="policy (default: kekmodel)")
-    parser.add_argument(
-        "--backend", action="append", choices=("native", "dali", "pil"), help="one or more (default: all)"
-    )
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="one or more (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--rounds", type=int, default=15, help="measurements; their median counts (default: 15)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
@@ -56,13 +56,7 @@ def augment(options) -> int:
     """Microseconds per standardized float32 view of each kind, on one core and on all; checked against Pillow first."""
     dataset = load_images(options.dataset, options.data_dir)
     policy, device = find_policy(options.augment), torch.device(options.device)
-    backends = options.backend or ["native", "dali", "pil"]
-    for backend in list(backends):
-        try:
-            choose_backend(backend, device)
-        except UserError as error:
-            backends.remove(backend)
-            _say(options, {"backend": backend, "left_out": str(error)})
+    backends = available(options)
     check(dataset, policy, backends, device)
     cores, records = _cores(), []
     for count in sorted({1, len(cores)}):
@@ -180,12 +174,8 @@ def loader(options) -> int:
     count = options.batch_size * (1 + 2 * options.uratio)
     work, busy = torch.randn(256, 256, device=device), options.busy / 1e3
     records = []
-    for backend in options.backend or ["native", "dali", "pil"]:
-        try:
-            batches = make_batches(steps, 0, 10**6, backend, device, num_workers=options.num_workers)
-        except UserError as error:
-            _say(options, {"backend": backend, "left_out": str(error)})
-            continue
+    for backend in available(options):
+        batches = make_batches(steps, 0, 10**6, backend, device, num_workers=options.num_workers)
 
         def step(batches=batches):
             end = time.perf_counter() + busy
@@ -207,11 +197,19 @@ def loader(options) -> int:
     return 0
 
 
-# ---- printing
+# ---- what both share
 
 
-def _say(options, record: dict) -> None:
-    print(json.dumps(record) if options.json else f"{record['backend']} is left out: {record['left_out']}", flush=True)
+def available(options) -> list[str]:
+    """The backends to measure; prints why one that is asked for cannot be used here."""
+    backends = []
+    for backend in options.backend or BACKENDS:
+        try:
+            backends.append(choose_backend(backend, options.device)[0])
+        except UserError as error:
+            left_out = json.dumps({"backend": backend, "left_out": str(error)})
+            print(left_out if options.json else f"{backend} is left out: {error}", flush=True)
+    return backends
 
 
 def _table(options, records: list[dict], columns) -> None:
