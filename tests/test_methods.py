@@ -80,7 +80,7 @@ def test_normatch_step(golden, monkeypatch, setting, variant, alignment, compat)
     logits = torch.cat([inputs[k] for k in ("logits_x", "logits_u_w", "logits_u_s")])
     features = torch.zeros(len(logits), 8, dtype=torch.float64)
     u_y = torch.zeros(56, dtype=torch.long)
-    # The recorded epoch is one of 1,024 steps; the ramp of both behaviours agrees at its start.
+    # The recorded epoch is one of 1,024 steps; the ramp of both behaviors agrees at its start.
     loss, metrics = step_of(method, features, logits, y, u_y, int(cfg["epoch"]) * 1024)
     loss.backward()
 

@@ -12,7 +12,7 @@ from normatch.config import make_config, method_class
 from normatch.training.state import Meter, State
 from normatch.training.step import TrainStep
 
-SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
+SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "item"}
 
 
 class NoReadBack(TorchDispatchMode):
@@ -20,7 +20,7 @@ class NoReadBack(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in SYNCHRONISING, f"{name} waits for the device"
+        assert name not in SYNCHRONIZING, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on the bundled digits, small: learning, the run folder, resuming, validation, published behaviour."""
+"""Whole runs on the bundled digits, small: learning, what a run leaves, resuming, validation, published behavior."""
 
 import json
 import re
