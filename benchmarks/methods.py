@@ -1,4 +1,4 @@
-"""NorMatch, FixMatch and supervised training at equal steps, on the same labels and network: the tables of docs/results.md.
+"""NorMatch, FixMatch and supervised training at equal steps, labels and network: the tables of docs/results.md.
 
     python benchmarks/methods.py digits                                      # 40 labels, three seeds
     python benchmarks/methods.py cifar10-4000-small --data_dir DIR --seeds 0     # 4,000 labels, a small network
