@@ -130,7 +130,7 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """x: (N, C, H, W) -> (N, C, H, W): BatchNorm2d over the images of all processes, equally many in each; on any device.
+    """x: (N, C, H, W) -> (N, C, H, W): BatchNorm2d over the images of all processes, equally many in each.
 
     PyTorch's own SyncBatchNorm is for GPUs alone.
     """
