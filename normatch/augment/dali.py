@@ -95,10 +95,8 @@ class Views:
         op[geometric] = OPS.index("Rotate")  # stands for all of them
         images = self.images.encoded(rows) if self.files else self.images[rows]
         bits = np.where(op == OPS.index("Posterize"), p.value, 8).astype(np.int64)
-        per_op = []
-        for k in range(op.shape[1]):
-            mask = (256 - (1 << (8 - bits[:, k]))).astype(np.uint8)
-            per_op += [op[:, k], p.value[:, k], matrix[:, k], mask]
+        mask = (256 - (1 << (8 - bits))).astype(np.uint8)
+        per_op = [values[:, k] for k in range(op.shape[1]) for values in (op, p.value, matrix, mask)]
         crop = np.stack([p.row, p.col], 1).astype(np.int32)
         arrays = [images, p.flip.astype(np.int32), crop, anchor, extent, *per_op]
         return [array if isinstance(array, list) else np.ascontiguousarray(array) for array in arrays]

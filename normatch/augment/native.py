@@ -79,14 +79,36 @@ def streamed(
     Setting `done` ends the thread.
     """
     cuda = device.type == "cuda"
-    images = steps.dataset.train_x
-    shape = (steps.num_labeled + steps.num_unlabeled, *images.shape[1:])
-    buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=cuda) for _ in range(ahead)]
+    images, first = steps.dataset.train_x, steps.num_labeled  # unlabeled row
+    distinct = first + steps.num_unlabeled
+    images = _as_tensor(images) if isinstance(images, np.ndarray) else images
     free, filled = queue.Queue(), queue.Queue()
-    for buffer in buffers:
-        free.put((buffer, None))
-    arguments = (steps, start, stop, free, filled, done, cuda)
-    thread = threading.Thread(target=_fill, args=arguments, name="normatch-images", daemon=True)
+    for _ in range(ahead):
+        free.put((torch.empty((distinct, *images.shape[1:]), dtype=torch.uint8, pin_memory=cuda), None))
+
+    def fill():
+        """Free buffers -> filled ones with their draws and rows; None or an error at the end."""
+        try:
+            for step in range(start, stop):
+                buffer, copied = free.get()
+                if done.is_set():
+                    return
+                if copied is not None:
+                    copied.synchronize()  # the device has read the buffer
+                draws = torch.from_numpy(steps.draws(step))
+                rows = draws[:distinct, 0].clone()
+                if isinstance(images, Tensor):
+                    torch.index_select(images, 0, rows, out=buffer)
+                else:
+                    buffer.numpy()[:] = images[rows.numpy()]
+                draws[:distinct, 0] = torch.arange(distinct)
+                draws[distinct:, 0] = torch.arange(first, distinct)  # strong views are of the weak views' images
+                filled.put((buffer, *(t.pin_memory() if cuda else t for t in (draws, rows))))
+            filled.put(None)
+        except BaseException as error:  # raised where the batch is asked for
+            filled.put(error)
+
+    thread = threading.Thread(target=fill, name="normatch-images", daemon=True)
     thread.start()
     side = torch.cuda.Stream(device) if cuda else None
     try:
@@ -106,32 +128,5 @@ def streamed(
             yield views, rows.to(device, non_blocking=True)
     finally:
         done.set()
-        free.put((buffers[0], None))  # wakes the thread if it waits
+        free.put((None, None))  # wakes the thread if it waits
         thread.join(timeout=10)
-
-
-def _fill(steps, start: int, stop: int, free: queue.Queue, filled: queue.Queue, done, pin: bool) -> None:
-    """The thread of `streamed`: free buffers -> filled ones with their draws and rows; None or an error at the end."""
-    images = steps.dataset.train_x
-    if isinstance(images, np.ndarray):
-        images = _as_tensor(images)
-    labeled, distinct = steps.num_labeled, steps.num_labeled + steps.num_unlabeled
-    try:
-        for step in range(start, stop):
-            buffer, copied = free.get()
-            if done.is_set():
-                return
-            if copied is not None:
-                copied.synchronize()  # the device has read the buffer
-            draws = torch.from_numpy(steps.draws(step))
-            rows = draws[:distinct, 0].clone()
-            if isinstance(images, Tensor):
-                torch.index_select(images, 0, rows, out=buffer)
-            else:
-                buffer.numpy()[:] = images[rows.numpy()]
-            draws[:distinct, 0] = torch.arange(distinct)
-            draws[distinct:, 0] = torch.arange(labeled, distinct)  # strong views are of the weak views' images
-            filled.put((buffer, *(t.pin_memory() if pin else t for t in (draws, rows))))
-        filled.put(None)
-    except BaseException as error:  # raised where the batch is asked for
-        filled.put(error)

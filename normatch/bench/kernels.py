@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..tools.plot import new_figure
 from ..tools.tables import write_json
 from . import rivals
-from .measure import BYTES, Case, compare, copy_roof, keep_memory, machine
+from .measure import Case, compare, copy_roof, keep_memory, machine
 
 # ---- the cases
 
@@ -63,7 +63,7 @@ def _coupling(direction: str, n: int, h: int, dtype: torch.dtype) -> Case:
     def inputs(device):
         return [torch.randn(n, h, device=device).to(dtype) for _ in range(3)] + [torch.randn(h, device=device)]
 
-    moved = n * h * BYTES[dtype] * (5 if direction == "backward" else 4)
+    moved = n * h * dtype.itemsize * (5 if direction == "backward" else 4)
     return Case("affine_coupling", direction, f"{n}x{h}", n * h, dtype, providers, inputs, moved, 45 * n * h)
 
 
@@ -85,7 +85,7 @@ def _coupling2d(direction: str, shape: tuple[int, ...], changed: str, dtype: tor
         return [value.to(dtype, memory_format=memory) for value in images] + [torch.randn(parts, device=device)]
 
     pixels = n * h * w
-    moved = BYTES[dtype] * pixels * (parts * (6 if direction == "backward" else 4) + 2 * (c - parts))
+    moved = dtype.itemsize * pixels * (parts * (6 if direction == "backward" else 4) + 2 * (c - parts))
     name = f"{'x'.join(map(str, shape))} {'checkerboard' if changed == 'even' else 'channels'} {layout}"
     return Case("coupling2d", direction, name, pixels * c, dtype, providers, inputs, moved, 45 * pixels * c // 2)
 
@@ -94,7 +94,7 @@ def _logdet(n: int, m: int, dtype: torch.dtype) -> Case:
     return Case(
         "logdet", "forward", f"{n}x{m}", n * m, dtype,
         _providers(reference.logdet, ops.logdet, rivals.published_logdet),
-        lambda device: [torch.randn(n, m, device=device).to(dtype)], n * m * BYTES[dtype], n * m,
+        lambda device: [torch.randn(n, m, device=device).to(dtype)], n * m * dtype.itemsize, n * m,
     )  # fmt: skip
 
 

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SLICE = 0.02  # seconds of one provider's turn
 LONG = 0.5  # seconds
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 # ---- what is measured
 
@@ -73,11 +72,6 @@ def make_call(op, inputs: list[Tensor], direction: str, loss=None) -> Callable[[
     return lambda: gradients(outputs_of(op(*inputs)))
 
 
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    """The largest error, relative to the largest value."""
-    return ((value.double() - exact).abs().max() / exact.abs().max()).item()
-
-
 def check_agreement(case: Case, provider: str, inputs: list[Tensor]) -> None:
     """Raises RuntimeError if a provider is further from the closed form in float64 than its dtype explains.
 
@@ -88,7 +82,8 @@ def check_agreement(case: Case, provider: str, inputs: list[Tensor]) -> None:
     for _ in range(3):  # gradients jump where a ReLU's input is within rounding of 0, but hardly at three points
         exact = make_call(case.providers["closed"], [value.double() for value in few], case.direction)()
         results = make_call(case.providers[provider], few, case.direction)()
-        worst = max(relative_error(got, want) for got, want in zip(results, exact, strict=True))
+        pairs = zip(results, exact, strict=True)
+        worst = max(((got.double() - want).abs().max() / want.abs().max()).item() for got, want in pairs)
         if worst < TOLERANCE[case.dtype]:
             return
         few = [value + 1e-3 * torch.randn_like(value) for value in few]

@@ -75,12 +75,16 @@ def _clear(config: Config, kills: int):
 def _killed_steps(config: Config, kills: int, seconds: float) -> list[int]:
     """Train `config`, a run of `seconds`, killing and resuming it -> the step of the checkpoint at each kill."""
     draw, steps, run = random.Random(config.seed), [], Run(config)
+
+    def written() -> int | None:
+        return run.last.stat().st_mtime_ns if run.last.exists() else None
+
     for kill in range(kills):
         process = _start(config)
         # Three times out of four, wait for a new checkpoint; else the run may still be starting or before its first.
-        before = _written(run.last)
+        before = written()
         wait = draw.random() < 0.75
-        while wait and _written(run.last) == before and process.exitcode is None:
+        while wait and written() == before and process.exitcode is None:
             time.sleep(0.001)
         process.join(draw.uniform(0, seconds / (2 * kills)))
         if process.exitcode is not None:
@@ -117,14 +121,6 @@ def _finish(process):
     process.join()
     if process.exitcode:
         raise UserError(f"a training run ended with status {process.exitcode}; its own message stands above")
-
-
-def _written(path: Path) -> int | None:
-    """When the file was written, in nanoseconds; None if there is no file."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
 
 
 def _newest_step(run: Run) -> int:
