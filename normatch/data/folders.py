@@ -47,9 +47,6 @@ class Item:
     source: str  # what errors name: the path, or the table's line
 
 
-# ---- One image
-
-
 def read_image(path: str | Path) -> Image.Image:
     """An image file -> RGB, upright. Raises ValueError with the reason if it cannot be read."""
     if not os.path.exists(path):
@@ -141,11 +138,9 @@ class FileImages:
             except (ValueError, OSError) as error:
                 raise UserError(f"{paths[i]} cannot be read any more: {_reason(error)}") from None
 
-        if torch.utils.data.get_worker_info() is None:
-            with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-                list(pool.map(read, range(len(paths))))
-        else:  # the other workers use the other cores
-            list(map(read, range(len(paths))))
+        in_worker = torch.utils.data.get_worker_info() is not None  # the other workers use the other cores
+        with ThreadPoolExecutor(max_workers=1 if in_worker else _THREADS) as pool:
+            list(pool.map(read, range(len(paths))))
         return images
 
     def encoded(self, rows: np.ndarray) -> list[np.ndarray]:
@@ -154,9 +149,6 @@ class FileImages:
             return [np.fromfile(path, np.uint8) for path in self.paths[rows]]
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read any more: {error.strerror}") from None
-
-
-# ---- Which images there are
 
 
 def find_items(folder: Path) -> list[Item]:
@@ -268,9 +260,6 @@ def _read_parquet(table: Path) -> list:
     except Exception as error:
         raise UserError(f"{table} cannot be read as Parquet: {' '.join(str(error).split())}") from None
     return [content.column_names, *zip(*(column.to_pylist() for column in content.columns), strict=True)]
-
-
-# ---- The data set
 
 
 def class_folders(request: Request) -> Dataset:
@@ -389,9 +378,6 @@ def read_all(items: list[Item], size: int, place: Path, in_memory: bool = True):
                 images[to] = images[i]
             images = images[: len(keep)]
     return images if in_memory else FileImages([item.path for item in items], size), items
-
-
-# ---- Looking before training
 
 
 def check(place: Path, table: bool = False) -> tuple[list[str], int]:

@@ -1,11 +1,6 @@
-"""Data sets of rows: the toys of the flow papers, scikit-learn's and UCI's tables, and embedded texts.
+"""Data sets of rows: the toys of the flow papers, scikit-learn's and UCI's tables, embedded texts, your own CSV files.
 
-moons, circles, 8gaussians, pinwheel, picture    generated, 1,000 points (picture: 20,000), no files
-digits-table, breast-cancer, wine, iris          scikit-learn's own, no files
-miniboone, hepmass                               UCI's files in data_dir
-ag-news, yahoo                                   CSV files in data_dir, embedded by TF-IDF and a truncated SVD, or by
-                                                 `normatch embed`, whose file lies beside them
-table                                            your own train.csv and test.csv in data_dir, with a column `label`
+The toys and scikit-learn's tables need no files; the others are read from data_dir.
 """
 
 import csv
@@ -232,7 +227,10 @@ def _body(text: str) -> str:
 
 
 def texts(request: Request) -> Dataset:
-    """(N, 64): texts, embedded by TF-IDF of words and word pairs, a truncated SVD and rows of length 1."""
+    """(N, 64): texts, embedded by TF-IDF of words and word pairs, a truncated SVD and rows of length 1.
+
+    If `normatch embed` has left its file beside the texts, its embeddings are taken instead.
+    """
     name = request.name
     train_texts, y, test_texts, test_y, folder = read_texts(request)
     if (folder / EMBEDDED).is_file():

@@ -190,10 +190,7 @@ def checked_classes(label, n: int, classes: int, device: torch.device, least: in
 
 
 def checked_samples(x, name: str, shape: tuple[int, ...], like: torch.Tensor | None = None) -> torch.Tensor:
-    """x: (N, *shape) -> x, if its shape fits and, unless autocast is on, its dtype is that of `like`, the weights.
-
-    Raises TypeError and ValueError.
-    """
+    """x: (N, *shape) -> x. Raises if its shape does not fit or, with autocast off, its dtype is not that of `like`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
     if x.ndim != 1 + len(shape) or tuple(x.shape[1:]) != shape:

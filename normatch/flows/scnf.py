@@ -143,11 +143,9 @@ class ConditionalFlow(nn.Module):
             if features < 2:
                 raise ValueError(f"a flow of {self.features} dimensions has none left to couple at level {level + 1}")
             first, second = features - features // 2, features // 2
+            halves = (second, first), (first, second)
             for _ in range(steps):
-                nets = (
-                    vector_net(second + embedding, hidden, 2 * first),
-                    vector_net(first + embedding, hidden, 2 * second),
-                )
+                nets = (vector_net(kept + embedding, hidden, 2 * changed) for kept, changed in halves)
                 layers += [ActNorm(features), InvertibleConv(features, conv, factors), DoubleCoupling(*nets)]
             if level < levels - 1:
                 pieces.append(_half_to_even(features))

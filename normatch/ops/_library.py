@@ -53,14 +53,11 @@ def is_built(op: str) -> bool:
     return bool(_BUILD_INFO) and hasattr(torch.ops.normatch, op)  # the extension may be older than this file
 
 
-def _devices(op: str) -> frozenset[str]:
-    if not is_built(op):
-        return frozenset()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(device for device, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has_kernel(f"normatch::{op}", key))
+def _has_kernel(op: str, device: str) -> bool:
+    return is_built(op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"normatch::{op}", device.upper())
 
 
-KERNELS = {op: _devices(op) for op in _OPS}
+KERNELS = {op: frozenset(device for device in ("cpu", "cuda") if _has_kernel(op, device)) for op in _OPS}
 
 
 def kernels() -> dict[str, frozenset[str]]:
@@ -84,9 +81,6 @@ def _no_second_derivative(op: str) -> Callable:
         )
 
     return backward
-
-
-# ---- Argument checks
 
 
 def check_tensor(op: str, name: str, value: object) -> None:

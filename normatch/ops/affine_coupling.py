@@ -34,9 +34,8 @@ def affine_coupling(x: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> tuple[
 
         s = gain * tanh(s_raw),   y = (x + t) * exp(s),   logdet_n = sum_h s_nh
 
-    y has the dtype of x; logdet, in nats, is float32 (float64 for float64). gain may have any float dtype and is cast
-    to the dtype of logdet. Under autocast, so may s_raw and t, which are cast to the dtype of x. Rows may be strided
-    (half of a wider matrix); they are not copied.
+    y has the dtype of x. gain may have any float dtype and is cast to that of logdet. Under autocast, so may s_raw and
+    t, which are cast to that of x. Rows may be strided (half of a wider matrix); they are not copied.
     """
     return _couple("affine_coupling", "x", x, s_raw, t, gain)
 
@@ -44,7 +43,7 @@ def affine_coupling(x: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> tuple[
 def affine_coupling_inverse(y: Tensor, s_raw: Tensor, t: Tensor, gain: Tensor) -> Tensor:
     """y, s_raw, t: (N, H), gain: (H,) -> x: (N, H).
 
-    The inverse of `affine_coupling`: x = y * exp(-gain * tanh(s_raw)) - t, with the same arguments and errors.
+    The inverse of `affine_coupling`: x = y * exp(-gain * tanh(s_raw)) - t.
     """
     return _couple("affine_coupling_inverse", "y", y, s_raw, t, gain)
 

@@ -66,10 +66,9 @@ def coupling2d(
         logdet_n = sum of the log scale over the changed part
 
     FlowGMM's layers have a gain; SCNF's channel coupling has eps=1e-6, its masked coupling shift_first=False.
-    y has the dtype and the memory format (contiguous or channels-last) of x; logdet, in nats, is float32 (float64 for
-    float64). params (whose network may run under autocast) and gain may have any float dtype; params is cast to the
-    dtype of x, gain to that of logdet. x may be a slice of channels or samples; params is copied only if its memory
-    format differs from that of x.
+    y has the dtype and the memory format (contiguous or channels-last) of x. params (whose network may run under
+    autocast) and gain may have any float dtype; params is cast to that of x, gain to that of logdet. x may be a slice
+    of channels or samples; params is copied only if its memory format differs from that of x.
 
     Raises ValueError also for an unknown `changed`, and for both eps and a gain.
     """

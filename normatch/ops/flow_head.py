@@ -13,7 +13,6 @@ from ._library import (
     DTYPES,
     KERNELS,
     build_info,
-    check_dims,
     check_float,
     check_integers,
     check_number,
@@ -42,9 +41,8 @@ def flow_head_path(
     if device not in KERNELS["flow_head"] or limits is None:
         return "composed"
     first, second = features // 2, features - features // 2
-    weights = [
-        hidden * (kept + hidden + 2 * changed + 2) + 3 * changed for kept, changed in ((first, second), (second, first))
-    ]
+    halves = (first, second), (second, first)
+    weights = [hidden * (kept + hidden + 2 * changed + 2) + 3 * changed for kept, changed in halves]
     parameters = classes * features + (couplings + 1) // 2 * weights[0] + couplings // 2 * weights[1]
     sizes = {
         "hidden": hidden, "features": features, "classes": classes, "couplings": couplings, "parameters": parameters,
@@ -138,7 +136,7 @@ def _check(x, couplings, means, rho, logits, eps, dropout, seed) -> None:
                 check_float(op, name, value)
                 check_same(op, name, value, "x", x)
         if hidden is None:
-            check_dims(op, "bias0 of couplings[0]", coupling[1], ("H",))
+            check_float(op, "bias0 of couplings[0]", coupling[1], ("H",))
             hidden = coupling[1].shape[0]
             if hidden == 0:
                 raise ValueError(f"{op}: bias0 of couplings[0] must have at least one unit")
@@ -183,15 +181,10 @@ def _backward(ctx, *grads):
     return grad_x, grad_couplings, *grad_mixture, None, None, None
 
 
-def _backward_fake(
-    grad_z, grad_logdet, grad_class_log_prob, grad_log_prob, state, class_log_prob, couplings, means, rho, logits, seed,
-    dropout, eps, dtype,
-):  # fmt: skip
-    return (
-        state.new_empty(state.shape, dtype=dtype),
-        [value.new_empty(value.shape) for value in couplings],
-        *(value.new_empty(value.shape) for value in (means, rho, logits)),
-    )
+def _backward_fake(*inputs):
+    state, _, couplings, *mixture, _, _, _, dtype = inputs[4:]  # after the gradients of the four results
+    grad_couplings, grad_mixture = ([v.new_empty(v.shape) for v in values] for values in (couplings, mixture))
+    return state.new_empty(state.shape, dtype=dtype), grad_couplings, *grad_mixture
 
 
 register("flow_head", _fake, _backward, _save)
