@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from .. import ops, reference
 from ..errors import UserError
+from ..methods import distributed
 from ..tools.plot import new_figure
 from ..tools.tables import write_json
 from . import rivals
@@ -172,9 +173,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> int:
     """Prints the table; status 1 if --compare finds a loss."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"there is no device {device!r} here")
+    device = distributed.start(options.device or "auto").type
     if options.rounds < 1:
         raise UserError(f"rounds must be at least 1, not {options.rounds}")
     before = _load(options.compare) if options.compare else None

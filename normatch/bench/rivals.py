@@ -6,10 +6,9 @@ a slower or more exact one.
 """
 
 import math
-from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from .. import reference
@@ -115,35 +114,42 @@ def split_couplings(values: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [values[i : i + 7] for i in range(0, len(values), 7)]
 
 
-def published_head(x, means, rho, logits, *values):
-    """x: (N, D) -> z, logdet, class_log_prob, log_prob, in two calls as published: labeled rows, then the rest."""
-    parts = [_published_head(rows, means, rho, logits, *values) for rows in x.tensor_split([len(x) // 8])]
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+def full_width(values, layer: int, features: int) -> list[Tensor]:
+    """A coupling's seven tensors -> those of the published layer, whose network takes and makes all features."""
+    weight0, bias0, weight1, bias1, weight2, bias2, gain = values
+    kept = published_mask(features, layer, gain.device).bool()
+    shapes = (len(bias0), features), (2, features, len(bias1)), (2, features), (features,)
+    first, last, shift, scale = (gain.new_zeros(shape) for shape in shapes)
+    first[:, kept], scale[~kept] = weight0, gain
+    last[:, ~kept], shift[:, ~kept] = weight2.view(2, len(gain), -1), bias2.view(2, -1)
+    return [first, bias0, weight1, bias1, last.flatten(0, 1), shift.flatten(), scale]
 
 
-def _network(layers, x):
-    for weight, bias in layers[:-1]:
-        x = linear(x, weight, bias).relu()
-    return linear(x, *layers[-1])
+def published_flow(x, layers, prior, eps=0.0, dropout=0.0):
+    """x: (N, D), layers: of `full_width` -> z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,)."""
+    logdet = 0
+    for j, (weight0, bias0, weight1, bias1, weight2, bias2, gain) in enumerate(layers):
 
+        def net(x, first=(weight0, bias0), middle=(weight1, bias1), last=(weight2, bias2)):
+            hidden = linear(x, *first).relu()
+            hidden = nn.functional.dropout(hidden, dropout) if dropout else hidden
+            return linear(linear(hidden, *middle).relu(), *last)
 
-def _published_head(x, means, rho, logits, *values):
-    features, logdet = x.shape[1], 0
-    for j, (weight0, bias0, weight1, bias1, weight2, bias2, gain) in enumerate(split_couplings(values)):
-        mask = published_mask(features, j, x.device).to(x.dtype)
-        kept, changed = mask.bool(), ~mask.bool()
-        first, last, shift, scale = (
-            x.new_zeros(shape)
-            for shape in ((len(bias0), features), (2, features, len(bias1)), (2, features), (features,))
-        )
-        first[:, kept], scale[changed] = weight0, gain
-        last[:, changed], shift[:, changed] = weight2.view(2, len(gain), -1), bias2.view(2, -1)
-        layers = (first, bias0), (weight1, bias1), (last.flatten(0, 1), shift.flatten())
-        x, term = published_layer(x, partial(_network, layers), scale, mask)
+        x, term = published_layer(x, net, gain, published_mask(x.shape[1], j, x.device).to(x.dtype))
         logdet = logdet + term
     # The mixture is evaluated once for the classes and once for the density.
-    log_prob = published_mixture(x, means, rho, logits).logsumexp(1) + logdet
-    return x, logdet, published_mixture(x, means, rho, logits), log_prob
+    log_prob = published_mixture(x, *prior, eps=eps).logsumexp(1) + logdet
+    return x, logdet, published_mixture(x, *prior, eps=eps), log_prob
+
+
+def published_head(x, means, rho, logits, *values):
+    """x: (N, D) -> z, logdet, class_log_prob, log_prob, in two calls as published: labeled rows, then the rest."""
+
+    def call(rows):
+        layers = [full_width(tensors, j, x.shape[1]) for j, tensors in enumerate(split_couplings(values))]
+        return published_flow(rows, layers, (means, rho, logits))
+
+    return tuple(map(torch.cat, zip(*map(call, x.tensor_split([len(x) // 8])), strict=True)))
 
 
 def closed_head(x, means, rho, logits, *values):

@@ -29,7 +29,7 @@ from ..training.optim import Optimizer
 from ..training.state import State
 from ..training.step import TrainStep
 from .measure import Laps, machine, medians, side_by_side
-from .rivals import closed_head, published_layer, published_mask, published_mixture
+from .rivals import closed_head, full_width, published_flow
 
 
 def add_arguments(parser) -> None:
@@ -65,11 +65,10 @@ def run(options) -> int:
         f"{config.method}, {config.backbone}, {config.dataset}: {batch_size} labelled and 2 x {config.uratio} x "
         f"{batch_size} unlabelled views a step; ours in {'bf16' if bf16 else 'fp32'}, channels-last"
     )
-    try:  # three rounds of warm-up, which compile too; the pause keeps workers from preparing views in another's time
-        calls = {name: lambda step=step, its=its: step(next(its)) for name, (step, its) in providers.items()}
-        seconds = medians(
-            side_by_side(calls, device.type, options.rounds, repeat=1, warmup=3, pause={"published": 0.1})
-        )
+    calls = {name: lambda step=step, its=its: step(next(its)) for name, (step, its) in providers.items()}
+    pause = {"published": 0.1}  # keeps its workers from preparing views in another's time
+    try:  # three rounds of warm-up, which compile too
+        seconds = medians(side_by_side(calls, device.type, options.rounds, repeat=1, warmup=3, pause=pause))
         parts = breakdown(config, device, options.rounds)
     finally:
         for _, batches in providers.values():
@@ -236,38 +235,17 @@ def _backbone_step(ours: OurStep, mode: str | None):
 
 
 class PublishedFlow(nn.Module):
-    """x: (N, D) -> z (N, D), logdet (N,), class_log_prob (N, K), log_prob (N,), as published: full width, with masks.
-
-    Its prior's tensors are not parameters, and their gradients are never cleared.
-    """
+    """x: (N, D) -> as `rivals.published_flow`. The prior's tensors are no parameters, and keep their gradients."""
 
     def __init__(self, head: FlowHead):
         super().__init__()
-        d, layers = head.features, []
-        for coupling in head.couplings:
-            first, _, dropout, middle, _, last = coupling.net
-            kept, changed = (half.flatten() for half in coupling.split(torch.arange(d)[None]))
-            net = nn.Sequential(
-                nn.Linear(d, first.out_features), nn.ReLU(), nn.Dropout(dropout.p), copy.deepcopy(middle), nn.ReLU(),
-                nn.Linear(middle.out_features, 2 * d),
-            )  # fmt: skip
-            net.gain = nn.Parameter(torch.ones(d))
-            rows = torch.cat((changed, d + changed))
-            with torch.no_grad():
-                net[0].weight[:, kept], net[0].bias[:] = first.weight, first.bias
-                net[5].weight[rows], net[5].bias[rows] = last.weight, last.bias
-                net.gain[changed] = coupling.gain
-            layers.append(net)
-        self.layers = nn.ModuleList(layers).to(head.means.device)
+        wide = (full_width(coupling.tensors(), j, head.features) for j, coupling in enumerate(head.couplings))
+        self.layers = nn.ModuleList(nn.ParameterList(value.detach().clone() for value in layer) for layer in wide)
         self.prior = [value.detach().clone().requires_grad_() for value in head.prior_parameters()]
+        self.dropout = head.dropout
 
     def forward(self, x):
-        logdet = 0
-        for j, net in enumerate(self.layers):
-            x, term = published_layer(x, net, net.gain, published_mask(x.shape[1], j, x.device))
-            logdet = logdet + term
-        log_prob = published_mixture(x, *self.prior, eps=1e-6).logsumexp(1)  # separately from the logits, as published
-        return x, logdet, published_mixture(x, *self.prior, eps=1e-6), log_prob + logdet
+        return published_flow(x, self.layers, self.prior, eps=1e-6, dropout=self.dropout)
 
 
 def published_step(ours: OurStep):

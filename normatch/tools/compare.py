@@ -22,9 +22,6 @@ from ..training.run import check_same_run
 from ..training.trainer import train
 from .tables import markdown, write_json
 
-# Unlabeled rows in the graphs of label spreading, as published for FlowGMM's tables.
-KNN_ROWS, RBF_ROWS = 10000, 5000
-
 
 def nearest_neighbors(x, y, unlabeled, test, angular, seed):
     """With the k in 1..19 of the best leave-one-out accuracy on the labeled rows."""
@@ -50,17 +47,18 @@ def knn_label_spreading(x, y, unlabeled, test, angular, seed):
     """16 neighbors, alpha 0.1."""
     # Label mass shrinks by 0.1 per edge: any tolerance would stop before it reaches rows far from a label.
     graph = {"kernel": "knn", "n_neighbors": 16, "alpha": 0.1, "tol": 0, "max_iter": 100}
-    return _label_spreading(x, y, unlabeled, test, angular, seed, KNN_ROWS, **graph)
+    return _label_spreading(x, y, unlabeled, test, angular, seed, 10000, **graph)
 
 
 def rbf_label_spreading(x, y, unlabeled, test, angular, seed):
     """exp(-4 (1 - cos)), or exp(-2 |a - b|^2 / v), v the variance of all features together; alpha = 2/3."""
     gamma = 2.0 if angular else 2.0 / float(unlabeled.var(0).sum())
     graph = {"kernel": "rbf", "gamma": gamma, "alpha": 2 / 3, "tol": 1e-3, "max_iter": 30}
-    return _label_spreading(x, y, unlabeled, test, angular, seed, RBF_ROWS, **graph)
+    return _label_spreading(x, y, unlabeled, test, angular, seed, 5000, **graph)
 
 
 def _label_spreading(x, y, unlabeled, test, angular, seed, rows, **options):
+    """rows: of the unlabeled ones in the graph, as published for FlowGMM's tables."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.semi_supervised import LabelSpreading
 
