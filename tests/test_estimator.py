@@ -12,7 +12,7 @@ from normatch import FlowGMMClassifier
 from normatch.data import load_dataset
 
 # What does not apply: scikit-learn's own semi-supervised estimators are exempted from the first by name.
-EXCEPTIONS = {"check_classifiers_classes": "its labels are -1 and 1, but -1 means unlabelled"}
+EXCEPTIONS = {"check_classifiers_classes": "its labels are -1 and 1, but -1 means unlabeled"}
 
 
 @parametrize_with_checks(
@@ -31,7 +31,7 @@ def few_labels(X, y, per_class, seed=0):
     return partly
 
 
-def test_unlabelled_rows_teach_it_the_moons():
+def test_unlabeled_rows_teach_it_the_moons():
     moons = load_dataset("moons")
     X, y, labeled = moons.train_x, moons.train_labels, moons.folds[0]
     partly = np.full(1000, -1)

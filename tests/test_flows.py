@@ -304,7 +304,7 @@ def test_invertible_convolution(form, shape):
 
 
 @pytest.mark.parametrize("floor", [None, 0.2])
-def test_actnorm_is_initialised_once_and_from_data(floor):
+def test_actnorm_is_initialized_once_and_from_data(floor):
     norm = ActNorm(3, variance_floor=floor)
     x = torch.randn(8, 3, 4, 4) * torch.tensor([2.0, 0.01, 1.0])[:, None, None] + 5
     assert torch.equal(norm(x)[0], x)

@@ -109,7 +109,7 @@ def test_every_image_comes_equally_often(dataset, uratio):
     steps = views(dataset, batch_size=10, uratio=uratio)
     batches = [steps[s] for s in range(10)]
     assert (torch.cat([b["u_index"] for b in batches]).bincount(minlength=100) == uratio).all()
-    # 100 labelled draws are five passes of 20 images.
+    # 100 labeled draws are five passes of 20 images.
     drawn = np.concatenate([steps.draw(LABELED, s)[0] for s in range(10)])
     assert (np.bincount(drawn, minlength=100)[steps.split.labeled] == 5).all()
     # One image a class: the labels tell that these are the images shown.
@@ -123,7 +123,7 @@ def test_views_differ_between_seeds_steps_kinds_and_repetitions(dataset):
     assert not torch.equal(batch["x"], views(dataset, num_labels=10, batch_size=30, seed=1)[0]["x"])
     assert not torch.equal(batch["x"], steps[1]["x"])
     assert not torch.equal(batch["u_weak"], batch["u_strong"])
-    # Ten labelled images, thirty views: each image three times in one step, and hardly ever the same view.
+    # Ten labeled images, thirty views: each image three times in one step, and hardly ever the same view.
     assert batch["y"].bincount().tolist() == [3] * 10
     assert len(batch["x"].flatten(1).unique(dim=0)) >= 25
 
@@ -141,7 +141,7 @@ def test_a_view_depends_on_its_image_and_visit_alone(dataset):
 
 def test_views_are_those_of_the_stated_counter(dataset):
     steps, policy = views(dataset, seed=3), POLICIES["kekmodel"]
-    batch = steps[6]  # labelled: positions 48..55 of passes of 20; unlabelled: 144..167 of passes of 100
+    batch = steps[6]  # labeled: positions 48..55 of passes of 20; unlabeled: 144..167 of passes of 100
     kinds = {
         "x": (View.LABELED_WEAK, steps.draw(LABELED, 6)[0], 2),
         "u_weak": (View.UNLABELED_WEAK, batch["u_index"].numpy(), 1),
@@ -171,7 +171,7 @@ def test_digits_are_never_mirrored():
         assert any(np.array_equal(view[i : i + 24, j : j + 24], inside) for i in range(9) for j in range(9))
 
 
-def test_a_batch_larger_than_the_labelled_set_is_fine(dataset):
+def test_a_batch_larger_than_the_labeled_set_is_fine(dataset):
     assert views(dataset, num_labels=10, batch_size=64, uratio=1)[100]["x"].shape == (64, 32, 32, 3)
 
 
@@ -239,7 +239,7 @@ def test_batches_are_the_normalised_step_views(dataset):
         assert all(torch.equal(batch[key], plain[key]) for key in ("y", "u_y", "u_index"))
 
 
-def test_supervised_batches_have_no_unlabelled_part(dataset):
+def test_supervised_batches_have_no_unlabeled_part(dataset):
     for backend in ("auto", "pil"):
         (batch,) = make_batches(views(dataset, uratio=0), 4, 5, backend)
         assert batch["images"].shape == (8, 3, 32, 32) and len(batch["u_y"]) == len(batch["u_index"]) == 0

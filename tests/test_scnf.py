@@ -190,11 +190,11 @@ def test_model_gives_the_recorded_numbers(golden, dtype):
     assert_near(deep, data["out64/inverse_h_y1"], gap, exact)
     torch.testing.assert_close(model.inverse(out.z), x, rtol=0, atol=1e-9 if exact else 1e-5)
 
-    labelled = y >= 0
-    w = torch.where(labelled, float(data["in/sup_weight"]), 1.0).to(dtype)
+    labeled = y >= 0
+    w = torch.where(labeled, float(data["in/sup_weight"]), 1.0).to(dtype)
     generative = -(w / w.sum() * elbo).sum()
     assert_near(generative, data["out64/gen_loss"], gap, exact)
-    classification = nn.functional.cross_entropy(out.class_log_prob[labelled], y[labelled])
+    classification = nn.functional.cross_entropy(out.class_log_prob[labeled], y[labeled])
     assert_near(classification, data["out64/cl_loss"], gap, exact)
     loss = generative + float(data["in/cl_weight"]) * classification
     assert_near(loss, data["out64/loss"], gap, exact)
@@ -287,7 +287,7 @@ def test_samples_come_back_as_the_noise_they_were_made_of(model):
     assert model.sample(4).shape == (4, *model.f.shape)
 
 
-def test_actnorms_of_both_flows_are_initialised_in_one_pass():
+def test_actnorms_of_both_flows_are_initialized_in_one_pass():
     model = SCNF(MaskedGlow((1, 8, 8), 4), ConditionalFlow(10, 4, 2, 1, 8), 3)
     x = torch.randint(0, 256, (16, 1, 8, 8)) / 255
     x[:, :, 0] = 0  # constant pixels, as at the border of MNIST

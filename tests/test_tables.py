@@ -45,7 +45,7 @@ def test_eight_gaussians_are_eight_clusters_each_with_a_label():
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits-table", (1297, 61)), ("wine", (142, 13)), ("iris", (120, 4))])
-def test_bundled_tables_are_standardised_and_without_constant_columns(name, shape):
+def test_bundled_tables_are_standardized_and_without_constant_columns(name, shape):
     table = load_dataset(name)
     x = standardized(table)
     assert x.shape == shape and x.dtype == np.float32
