@@ -349,10 +349,10 @@ def _predict(options) -> int:
         samples = {}
         for path in paths[start : start + 500]:
             try:
-                found = model.read(path)
+                content = model.read(path)
                 # A row is named by its number in the file, whose first is the header.
-                names = [f"{path}:{2 + n}" for n in range(len(found))] if kind == "row" else [str(path)]
-                samples.update(zip(names, found, strict=True))
+                names = [f"{path}:{2 + n}" for n in range(len(content))] if kind == "row" else [str(path)]
+                samples.update(zip(names, content, strict=True))
             except UserError as error:  # one bad file costs nobody the others
                 print(f"normatch: {error}", file=sys.stderr)
                 unreadable += 1

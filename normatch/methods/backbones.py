@@ -156,9 +156,9 @@ def feature_width(backbone: nn.Module, image_size: int = 32) -> int:
     finally:
         backbone.train(training)
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
-        found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise UserError(
-            f"a backbone must return features (N, D) or maps (N, D, h, w); this one returns {found} for N=2"
+            f"a backbone must return features (N, D) or maps (N, D, h, w); this one returns {shape} for N=2"
         )
     return features.shape[1]
 

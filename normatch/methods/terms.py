@@ -65,9 +65,9 @@ def two_views(images, b: int, u: int, noise: float) -> tuple[torch.Tensor, torch
     there is only one, as of tables, the other is the same row. Both get Gaussian noise of deviation `noise`, drawn
     independently.
     """
-    views, other = images[: b + u], images[b : b + u]
+    views, second = images[: b + u], images[b : b + u]
     if u and len(images) == b + 2 * u:
         views = torch.cat((images[:b], images[b + u :]))
     if noise:
-        views, other = (rows + noise * torch.randn_like(rows) for rows in (views, other))
-    return views, other
+        views, second = (rows + noise * torch.randn_like(rows) for rows in (views, second))
+    return views, second

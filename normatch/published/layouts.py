@@ -118,15 +118,15 @@ def _layout(content: dict) -> str:
 def _networks(content: dict, layout: str) -> tuple[dict, dict]:
     """-> the averaged and the trained network, name -> tensor, without the `module.` of parallel wrappers."""
     if layout == "bare":
-        found = [content]
+        networks = [content]
     else:
-        found = [content[key] for key in NETWORKS[layout] if content.get(key) is not None]
-    for network in found:
+        networks = [content[key] for key in NETWORKS[layout] if content.get(key) is not None]
+    for network in networks:
         if not isinstance(network, dict) or not all(isinstance(value, torch.Tensor) for value in network.values()):
             raise UserError("the network in it is not a dictionary of tensors")
-    if not found:
+    if not networks:
         raise UserError("there is no network in it")
-    plain = [{_without_wrapper(name): value.detach() for name, value in network.items()} for network in found]
+    plain = [{_without_wrapper(name): value.detach() for name, value in network.items()} for network in networks]
     return plain[0], plain[-1]
 
 

@@ -71,8 +71,8 @@ def _gpu() -> str:
     if not torch.backends.cuda.is_built():
         return f"none (PyTorch {torch.__version__} has no CUDA)"
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    found = "; ".join(f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
-    return found or "none found"
+    listed = "; ".join(f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+    return listed or "none found"
 
 
 def _dali() -> str:

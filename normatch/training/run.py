@@ -53,19 +53,19 @@ class Run:
         occupied = self.folder.exists() and any(self.folder.iterdir())
         if config.overwrite and occupied and not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder} is not a run folder, and --overwrite replaces nothing else")
-        state, own = None, config.resume == "auto"
-        if own:  # None if the run was stopped before its first checkpoint, or never started
+        state, resumable = None, config.resume == "auto"
+        if resumable:  # None if the run was stopped before its first checkpoint, or never started
             state = self._newest_checkpoint(config)
-            own = state is not None or self._nothing_to_lose()
+            resumable = state is not None or self._nothing_to_lose()
         elif config.resume:
             state = load_checkpoint(config.resume)
             given = Path(config.resume).resolve()
             checkpoints = given / "checkpoints" if given.is_dir() else given.parent
-            own = checkpoints == self.last.parent.resolve()
-            self.source = None if own else checkpoints
+            resumable = checkpoints == self.last.parent.resolve()
+            self.source = None if resumable else checkpoints
         if state is not None:
             check_same_run(state["config"], config)
-        if occupied and not own and not config.overwrite:
+        if occupied and not resumable and not config.overwrite:
             way = "it has no checkpoint to go on from:" if config.resume == "auto" else "go on with --resume auto,"
             raise UserError(
                 f"the run folder {self.folder} exists: {way} replace it with --overwrite, or give another --out"
