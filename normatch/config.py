@@ -142,11 +142,19 @@ IMAGE_KEYS = ("augment", "image_size", "in_memory")  # say nothing of a table
 
 
 def method_class(method: str | type) -> type:
-    """The name of a method, or a class of your own as it is -> its class. Raises `UserError` for an unknown name."""
+    """The name of a method, or a class of your own as it is -> its class. Raises `UserError` for anything else."""
     if isinstance(method, type):
+        base = importlib.import_module("normatch.methods.base").Method
+        missing = [n for n in ("forward", "class_log_prob", "groups") if getattr(method, n, None) is getattr(base, n)]
+        if not issubclass(method, base) or missing or method.__name__ in METHODS:
+            lacks = ", ".join(missing) or "normatch.Method as its base class, or a name of its own"
+            raise UserError(f"{method.__name__} is not a method: it lacks {lacks}; see examples/own_method.py")
         return method
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}{nearest(method, METHODS)}; methods: {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(
+            f"unknown method {method!r}{nearest(method, METHODS)}; methods: {', '.join(METHODS)}, or a class of yours "
+            "in Python: normatch.train(method=...)"
+        )
     module, name = METHODS[method].split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -196,14 +204,14 @@ _PRESETS = Path(__file__).with_name("presets")
 
 def _preset(name: str) -> dict:
     if name not in presets():
-        raise UserError(f"unknown preset {name!r}{nearest(name, presets())}; presets: {', '.join(presets())}")
+        raise UserError(f"unknown preset {name!r}{nearest(name, presets())}; `normatch presets` lists them")
     return presets()[name]
 
 
 def _preset_for(dataset: str, method: str | type | None) -> str:
     """The best preset for a data set and method: of both, of the data set and a similar method, or of similar data."""
     method = method or ("flowgmm" if dataset in TABLES else "normatch")
-    flows = method in FLOWS or (isinstance(method, type) and dataset in TABLES)
+    flows = "flow" in method.Keys.model_fields or dataset in TABLES if isinstance(method, type) else method in FLOWS
     trained = {name: keys["method"] for name, keys in presets().items() if keys["dataset"] == dataset}
     exact = [name for name in trained if trained[name] == method]
     similar = [name for name in trained if (trained[name] in FLOWS) == flows]
@@ -227,11 +235,14 @@ def _read_yaml(path: str | Path) -> dict:
     return content
 
 
-def read_config(path: str | Path) -> dict:
-    """A configuration file -> its keys under our names, published flags as they are, on top of the preset it names."""
+def read_config(path: str | Path, fields: dict | None = None) -> dict:
+    """A configuration file -> its keys under our names, published flags as they are, and the preset that it names.
+
+    fields: the keys of a method of the user's own.
+    """
     content = upgraded(_read_yaml(path))
     base = content.pop("preset", None)
-    return {**({} if base is None else {"preset": str(base)}), **_canonical(content)}
+    return {**({} if base is None else {"preset": str(base)}), **_canonical(content, fields or {})}
 
 
 def upgraded(keys: dict) -> dict:
@@ -242,31 +253,33 @@ def upgraded(keys: dict) -> dict:
 # ---- Putting a configuration together -----------------------------------------------------------------------------
 
 
-def make_config(preset: str | None = None, file: str | Path | None = None, **keys) -> Config:
+def make_config(preset: str | Config | None = None, file: str | Path | None = None, **keys) -> Config:
     """The preset, then the file, then the keys, where what comes later wins -> the checked configuration.
 
-    A file may name a preset in a `preset:` line. Without a preset, the best one for the data set and method that file
-    or keys name; without these, `digits`. To resume (`resume="auto"`) a run folder, its own configuration. Keys of a
-    preset that belong to another method than the chosen one are left out. `method` may be a class of your own.
-    Published flags are taken in their published sense, see `published.flags`.
+    preset: a name, or a configuration to start from. A file may name a preset in a `preset:` line. Without a preset,
+    the best one for the data set and method that file or keys name; without these, `digits`. To resume
+    (`resume="auto"`) a run folder, its own configuration. Keys of a preset that belong to another method than the
+    chosen one are left out. `method` may be a class of your own; its keys win over published flags of the same name.
+    Other published flags are taken in their published sense, see `published.flags`.
 
     Raises `UserError` for unknown presets and keys (with the nearest known one), for keys of another method, and for
     values of the wrong type.
     """
-    custom = keys.pop("method") if isinstance(keys.get("method"), type) else None
-    keys, content = _canonical(keys), {} if file is None else read_config(file)
-    named = [name for name in (preset, content.pop("preset", None)) if name is not None]
+    custom = method_class(keys.pop("method")) if isinstance(keys.get("method"), type) else None
+    fields = custom.Keys.model_fields if custom else {}
+    keys, content = _canonical(keys, fields), {} if file is None else read_config(file, fields)
+    starts = [start for start in (preset, content.pop("preset", None)) if start is not None]
     given = {**{name: value for name, value in content.items() if name not in keys}, **keys}
-    resumed = not named and given.get("resume") == "auto" and given.get("out")
-    saved = Path(given["out"], "config.yaml") if resumed else None
+    resumed = not starts and given.get("resume") == "auto" and given.get("out")
+    saved = resumed and Path(str(given["out"]), "config.yaml")
     saved = saved if saved and saved.is_file() else None
-    given = _nones(flags.translate(given, lambda m: method_class(custom or m).Keys.model_fields, not (named or saved)))
+    given = _given(given, custom, complete=not (starts or saved))
     if saved:
-        base = {name: value for name, value in _nones(read_config(saved)).items() if name != "overwrite"}
+        base = {**_nones(read_config(saved, fields), fields), "overwrite": False}
     else:
-        named = named or [_preset_for(given.get("dataset", "digits"), custom or given.get("method"))]
-        base = {name: value for preset in named for name, value in _preset(preset).items()}
-    method = custom or given.get("method") or base.get("method", "normatch")
+        starts = starts or [_preset_for(given.get("dataset", "digits"), custom or given.get("method"))]
+        base = {name: value for start in starts for name, value in _keys_of(start).items()}
+    method = custom or given.get("method", base.get("method", "normatch"))
     cls = method_class(method)
     name = cls.__name__ if custom else method
     check_keys(given, name, cls)
@@ -281,6 +294,19 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **key
     return config
 
 
+def _given(keys: dict, custom: type | None, complete: bool) -> dict:
+    """Keys of the file and the caller -> translated from published flags, those of a custom method as they are."""
+    fields = custom.Keys.model_fields if custom else {}
+    ours = {name: value for name, value in keys.items() if name in fields and name not in known_keys()}
+    rest = {name: value for name, value in keys.items() if name not in ours}
+    rest = flags.translate(rest, lambda method: method_class(custom or method).Keys.model_fields, complete)
+    return _nones({**rest, **ours}, fields)
+
+
+def _keys_of(start: str | Config) -> dict:
+    return start.model_dump() if isinstance(start, Config) else _preset(start)
+
+
 def checked(keys: dict, cls: type | None = None) -> Config:
     """The configuration of these keys. Raises `UserError` for values of the wrong type or out of their range."""
     cls = cls or method_class(keys.get("method", "normatch"))
@@ -290,18 +316,25 @@ def checked(keys: dict, cls: type | None = None) -> Config:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
 
 
-def _canonical(keys: dict) -> dict:
-    """Keys as the user wrote them -> under our names, those of published commands still to translate."""
-    return {flags.canonical(str(name), known_keys()): value for name, value in keys.items()}
+def _canonical(keys: dict, fields: dict) -> dict:
+    """Keys as the user wrote them -> under our names, those of published commands still to translate.
+
+    fields: the keys of a method of the user's own.
+    """
+    names = {name: str(name).replace("-", "_") for name in keys}
+    return {
+        names[name] if names[name] in fields else flags.canonical(str(name), known_keys()): value
+        for name, value in keys.items()
+    }
 
 
-def _nones(keys: dict) -> dict:
-    """`none` becomes None where a key may be empty."""
+def _nones(keys: dict, fields: dict) -> dict:
+    """`none` becomes None where a key may be empty; `fields` as in `_canonical`."""
 
     def empty(name, value):
         users = known_keys().get(name)
-        annotation = method_class(users[0]).Keys.model_fields[name].annotation if users else None
-        return type(None) in get_args(annotation) and str(value).lower() == "none"
+        field = fields.get(name) or (method_class(users[0]).Keys.model_fields[name] if users else None)
+        return field and type(None) in get_args(field.annotation) and str(value).lower() == "none"
 
     return {name: None if empty(name, value) else value for name, value in keys.items()}
 

@@ -101,7 +101,9 @@ def build_model(state: dict, name, method: type[Method] | None = None) -> Model:
     """A checkpoint's state -> the model; `name` is what errors call it, `method` as in `load`."""
     trained_by = state["config"].get("method") if isinstance(state["config"], dict) else None
     if method is None and isinstance(trained_by, str) and trained_by not in METHODS:
-        raise UserError(f"{name} was trained by a method of yours: load(..., method={trained_by}) needs its class")
+        raise UserError(
+            f"{name} was trained by a method of yours, which needs its class: load(..., method={trained_by})"
+        )
     try:
         cls = method or method_class(trained_by)
         config = cls.Keys(**state["config"])
@@ -128,15 +130,16 @@ def evaluate(
     data_dir: str | None = None,
     device: str | torch.device = "cpu",
     dataset: str | None = None,
+    method: type[Method] | None = None,
 ) -> dict:
     """A run folder or a checkpoint, ours or published -> its scores on a test set, in percent, and its confusions.
 
     The test set is that of the data set it was trained on, or of `dataset`, which must have as many classes.
     `per_class`: class -> accuracy, None where the set has no image of it. `confusion`: (K, K) counts, a row for each
     true class, a column for each predicted one. `test_balanced_accuracy`: the mean accuracy of the classes.
-    `test_log_prob`: the mean log p(x) in nats, where the method has a density.
+    `test_log_prob`: the mean log p(x) in nats, where the method has a density. `method`: as in `load`.
     """
-    model = load(checkpoint, device, dataset)
+    model = load(checkpoint, device, dataset, method)
     config = model.config
     data = load_dataset(
         dataset or config.dataset,

@@ -13,8 +13,13 @@ import torch
 import yaml
 
 import normatch
+from normatch.config import make_config
 from normatch.data import load_dataset
+from normatch.methods.normatch import NorMatch
+from normatch.published.checkpoints import load_checkpoint
+from normatch.training.state import State
 
+CPU = torch.device("cpu")
 OLD = Path(__file__).parent / "old"
 TIMING = {"seconds_per_step", "views_per_second", "data_wait"}
 
@@ -84,3 +89,11 @@ def test_an_old_classifier_goes_on_in_fp32(tmp_path):
     assert len(got) == 20
     assert got[0] == pytest.approx(wanted[0], rel=2e-5)
     assert got == pytest.approx(wanted, rel=1e-2)
+
+
+def test_the_chosen_weights_of_an_old_run_are_read_for_its_summary(tmp_path):
+    """A best.pt that 0.1.0 wrote, from a run with validation images."""
+    state = State(make_config("digits", num_val=10, backbone="wrn-10-1", couplings=2, hidden=8), NorMatch, CPU)
+    state.load_chosen(OLD / "normatch" / "checkpoints" / "last.pt")
+    ema = load_checkpoint(OLD / "normatch")["ema"]
+    assert all(torch.equal(value, ema[name]) for name, value in state.average.module.state_dict().items())

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from normatch.config import make_config, method_class
+from normatch.errors import UserError
 from normatch.flows import FlowHead
 from normatch.methods.base import Task
 from normatch.methods.classifier import decay_groups
@@ -223,3 +224,19 @@ def test_a_compiled_step_counts_like_an_eager_one(dtype):
         assert all(count == 3 for count in adamw.state[0]["step"])
         moved.append(torch.cat([p.detach().flatten() for p in parameters]))
     assert torch.allclose(*moved, rtol=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_groups_without_parameters_are_left_out_and_bad_ones_refused():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Optimizer([{"params": iter([p]), "optimizer": "sgd", "lr": 1.0}, {"params": [], "optimizer": "sgd"}])
+    optimizer.step([torch.ones(2)])
+    assert optimizer.trained == [p] and p.tolist() == pytest.approx([-0.9, -0.9])
+    for group in ({"optimizer": "rmsprop", "lr": 1.0}, {"optimizer": "sgd"}):
+        with pytest.raises(UserError, match="one of sgd, adam"):
+            Optimizer([{"params": [p], **group}])
+
+
+def test_the_reference_recipe_trains_with_a_fixed_prior():
+    config = make_config("digits", compat="reference", trainable_prior=False)
+    method = method_class("normatch")(Task((3, 32, 32), [str(k) for k in range(10)]), config)
+    assert [group["optimizer"] for group in Optimizer(method.groups()).groups] == ["sgd", "sgd", "adamw"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import normatch
+from normatch.config import key, make_config
 from normatch.data import load_dataset
 from normatch.errors import UserError
 from normatch.published.checkpoints import load_checkpoint
@@ -80,3 +81,50 @@ def test_its_own_settings_are_the_only_ones_it_has(tmp_path):
     with pytest.raises(UserError, match="method PiModel has no such key"):
         normatch.train("digits", method=PiModel, out=str(tmp_path / "run"), backbone="wrn-10-1")
     assert not (tmp_path / "run").exists()
+
+
+class Weighted(PiModel):
+    """A method whose keys no method of the package has, two of which bear the names of published flags."""
+
+    class Keys(PiModel.Keys):
+        my_weight: float | None = key(1.0, "weight")
+        momentum: float = key(0.5, "a published flag of others")
+        threshold: float = key(0.3, "a published alias of p_cutoff")
+
+
+def test_settings_of_its_own_are_known_whatever_their_names(tmp_path):
+    given = {"my-weight": "none", "momentum": 0.7, "threshold": 0.1, "mu": 2}
+    config = make_config(method=Weighted, **given)
+    assert (config.my_weight, config.momentum, config.threshold, config.uratio) == (None, 0.7, 0.1, 2)
+    keys = {**KEYS, "eval_every": 1, "batch_size": 4, "uratio": 1}
+    out = normatch.train("digits", method=Weighted, out=str(tmp_path / "run"), steps=1, my_weight=2.0, **keys).out
+    again = make_config(method=Weighted, out=str(out), resume="auto")
+    assert (again.my_weight, again.steps) == (2.0, 1)
+    assert make_config(make_config("digits"), method="fixmatch").method == "fixmatch"
+    assert normatch.evaluate(out, method=Weighted)["images"] == 500
+
+
+class Unfinished(normatch.Method):
+    def forward(self, batch, step):
+        return None, {}
+
+
+class NoClass:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (Unfinished, "lacks class_log_prob, groups"),
+        (NoClass, "lacks"),
+        ("PiModel", "a class of yours"),
+        ("", "unknown method ''"),
+        ([1], "unknown method"),
+        (type("fixmatch", (PiModel,), {}), "a name of its own"),
+    ],
+)
+def test_what_is_no_method_is_refused_in_one_line(method, said, tmp_path):
+    with pytest.raises(UserError, match=said) as refused:
+        normatch.train("digits", method=method, out=str(tmp_path / "run"))
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()

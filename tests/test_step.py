@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normatch.config import make_config, method_class
@@ -91,6 +92,26 @@ def test_the_whole_step_is_one_graph_and_is_compiled_once(keys, monkeypatch):
         state.begin_step()
         state.meter.add(step([batch]))
     assert counted.frame_count == 1 and state.meter.read()["loss"] > 0
+
+
+def test_what_the_graph_changes_stays_at_its_address():
+    """Else a CUDA graph would refuse to be captured: only the batch may come from elsewhere."""
+    torch._dynamo.reset()
+    state, batch = prepared()
+    moving = []
+
+    def backend(graph, inputs):
+        for node in graph.graph.find_nodes(op="placeholder"):
+            facts = node.meta.get("tensor_dict", {})
+            if "_dynamo_static_input_type" not in facts and not isinstance(node.meta["example_value"], nn.Parameter):
+                moving.append(tuple(node.meta["example_value"].shape))
+        return graph
+
+    step = TrainStep(state, "default")
+    step.whole = torch.compile(step._whole, backend=backend, fullgraph=True)
+    state.begin_step()
+    step([batch])
+    assert sorted(moving) == sorted(tuple(value.shape) for name, value in batch.items() if name != "u_index")
 
 
 @pytest.mark.gpu

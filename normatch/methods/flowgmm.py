@@ -106,9 +106,8 @@ class FlowGMM(DensityMethod):
         named = [(name, p) for name, p in self.density.flow.named_parameters() if p.requires_grad]
         decaying = [p for name, p in named if decays(self.config.flow, name)]
         rest = [p for name, p in named if not decays(self.config.flow, name)]
-        groups = [
+        return [
             {"params": decaying, **self.recipe()},
             {"params": rest, **self.recipe(), "weight_decay": 0.0},
             {"params": prior, **self.recipe(), "weight_decay": 0.0, "lr": self.config.lr_gmm},
         ]
-        return [group for group in groups if group["params"]]

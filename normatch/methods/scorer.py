@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data.base import standardize
+from ..errors import UserError
 from ..flows import FlowOutput
 from . import distributed
 
@@ -26,6 +27,8 @@ def count(method, x, labels, mean, std, batch_size: int = 500) -> dict[str, dict
     for part, y in zip(x.split(batch_size), labels.split(batch_size), strict=True):
         y = y.to(weight.device)
         outputs = method.class_log_prob(standardize(part.to(weight.device), mean, std, weight.dtype))
+        if not isinstance(outputs, dict) or not outputs:
+            raise UserError(f"class_log_prob of {type(method).__name__} must return a dict, voter's name -> (N, K)")
         for name, out in outputs.items():
             log_prob = torch.zeros((), device=weight.device)
             if isinstance(out, FlowOutput):

@@ -6,6 +6,7 @@ is named, which then says the rest. `translate` is the one place where all this 
 and Python, and warns in one line of what it changed.
 """
 
+import math
 import os
 import warnings
 
@@ -151,7 +152,7 @@ def translate(keys: dict, known_by, complete: bool) -> dict:
         unneeded = [name for name in keys if name in _SCNF_UNNEEDED]
         theirs, keys = keys, _from_scnf(keys)
         changes = {name: keys[name] for name in ("steps", "batch_size", "uratio", "schedule") if name not in theirs}
-    epoch = int(_number("eval_every", keys.get("eval_every", 1024)))  # the published one, in steps
+    epoch = int(_number("eval_every", keys.get("eval_every", 1024))) if family else 1024  # the published one, in steps
     for name, value in keys.items():
         if name in FIXED:
             _check_fixed(name, value)
@@ -261,9 +262,12 @@ def _is_on(value) -> bool:
 
 def _number(name: str, value) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}: {value!r} is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name}: {value!r} is not a number")
+    return number
 
 
 def _processes() -> int:
@@ -309,7 +313,7 @@ def upgrade_config(keys: dict, known_by) -> dict:
 
     `known_by(method)`: the keys that the method knows.
     """
-    if not {"means", "ssl_hd", "da_window"} <= keys.keys():
+    if not {"means", "ssl_hd", "da_window", "method", "dataset"} <= keys.keys():
         return keys
     keys = {"labeled_loss" if name == "labelled_loss" else name: value for name, value in keys.items()}
     if keys["method"] not in ("flowgmm", "scnf"):

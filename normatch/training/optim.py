@@ -10,13 +10,15 @@ from torch.optim.adam import adam
 from torch.optim.adamax import adamax
 from torch.optim.sgd import sgd
 
+from ..errors import UserError
+
 
 class Optimizer:
     """Parameter groups, each with its own rule, rate, decay and clip, in `torch.optim`'s functional forms.
 
-    groups: {"params", "optimizer": sgd, adam, adamw or adamax, "lr", "weight_decay"}, and optionally "momentum" of sgd
-    (Nesterov's, 0.9), "clip", the largest norm of the group's gradients (0: no clipping), "keep_gradients": gradients
-    add up over the whole run, and "average": False, for parameters that are copied into the average of weights.
+    groups: {"params", "optimizer": sgd, adam, adamw or adamax, "lr"}, and optionally "weight_decay" (0), "momentum" of
+    sgd (Nesterov's, 0.9), "clip", the largest norm of the group's gradients (0: no clipping), "keep_gradients":
+    gradients add up over the whole run, and "average": False, for parameters that are copied into the average.
 
     `torch.optim`'s classes take gradients from `.grad` and rates from Python numbers. Here both are tensors, so that a
     step can stand in the same compiled graph as the forward and backward pass. `trained`: the parameters in turn.
@@ -30,8 +32,13 @@ class Optimizer:
     }
 
     def __init__(self, groups: list[dict]):
-        self.groups = [{"momentum": 0.9, "clip": 0.0, "keep_gradients": False, **group} for group in groups]
-        self.trained = [p for group in groups for p in group["params"]]
+        defaults = {"weight_decay": 0.0, "momentum": 0.9, "clip": 0.0, "keep_gradients": False}
+        groups = [{**defaults, **group, "params": list(group["params"])} for group in groups]
+        self.groups = [group for group in groups if group["params"]]
+        for group in self.groups:
+            if group.get("optimizer") not in self.MEMORY or "lr" not in group:
+                raise UserError(f"a parameter group needs lr, and as optimizer one of {', '.join(self.MEMORY)}")
+        self.trained = [p for group in self.groups for p in group["params"]]
         self.state, self.rates = [], []
         for group in self.groups:
             params = group["params"]

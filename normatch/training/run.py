@@ -134,7 +134,7 @@ class Run:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             for unfinished in (*self.folder.glob("*.new"), *self.last.parent.glob("*.new")):
                 unfinished.unlink()  # left by a process that was killed while writing
-            for path in self.damaged:  # else `save` would replace the checkpoint that this run resumes from by it
+            for path in self.damaged:  # else `save` would keep it in place of the one that this run resumes from
                 if path.exists():
                     os.replace(path, path.with_suffix(".damaged"))
             if self.source and (self.source / "best.pt").is_file():

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..methods import distributed
 from ..methods.base import Method, Task
 from ..methods.scorer import count, scores
-from ..published.checkpoints import FORMAT, load_pretrained, upgrade_optimizer
+from ..published.checkpoints import FORMAT, load_checkpoint, load_pretrained, upgrade_optimizer
 from .loader import Batches, StepDraws, StepViews, choose_backend, make_batches, row_batches
 from .optim import EMA, SWA, Optimizer, lr_factor
 
@@ -96,7 +96,8 @@ class State:
         config = self.config
         start, stop = start * config.accumulate, config.steps * config.accumulate
         if self.augment_backend is None:
-            x, mean, std = torch.from_numpy(self.dataset.train_x), self.dataset.mean, self.dataset.std
+            x = torch.from_numpy(self.dataset.train_x)
+            mean, std = (torch.as_tensor(v, device=self.device) for v in (self.dataset.mean, self.dataset.std))
             if self.dataset.is_table:
                 return row_batches(self.draws, standardize(x, mean, std), start, stop, self.device)
             return row_batches(self.draws, x, start, stop, self.device, lambda images: standardize(images, mean, std))
@@ -129,6 +130,16 @@ class State:
     def finite(self) -> bool:
         """Whether all weights are numbers. Waits for the device."""
         return all(bool(p.isfinite().all()) for p in self.method.parameters())
+
+    def fixed_tensors(self):
+        """What steps read or change besides the parameters and the buffers of `method`: always the same tensors."""
+        yield self.device_step
+        yield from self.optimizer.rates
+        for memory in self.optimizer.state:
+            for tensors in memory.values():
+                yield from tensors
+        yield from self.average.module.parameters()
+        yield from self.average.module.buffers()
 
     # ---- Checkpoints
 
@@ -194,8 +205,7 @@ class State:
 
     def load_chosen(self, path: Path):
         """Replace the averaged weights by those of a checkpoint, for a last evaluation."""
-        content = torch.load(path, map_location=self.device, weights_only=True)
-        self.average.module.load_state_dict(content["ema"])
+        self.average.module.load_state_dict(load_checkpoint(path)["ema"])
 
     def _policy(self) -> dict | None:
         """The augmentation policy as plain values: the configuration may only name a file of it."""

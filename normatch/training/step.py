@@ -23,6 +23,8 @@ class TrainStep:
         self.gradients, self.update, self.whole = self._gradients, self._update, self._whole
         if mode:
             torch._dynamo.config.trace_autograd_ops = True  # else torch.autograd.grad breaks the graph
+            for tensor in state.fixed_tensors():  # else a CUDA graph would copy them in, and refuse to change them
+                torch._dynamo.mark_static_address(tensor)
             alone = distributed.ranks() == 1  # an exchange inside (alignment, BatchNorm) breaks a graph
             # A CUDA graph returns memory that its next call overwrites, so gradients cannot be added up there.
             self.gradients = torch.compile(self.gradients, mode="default", fullgraph=alone)

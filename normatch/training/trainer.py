@@ -58,8 +58,8 @@ def train(
     elif not isinstance(config, Config):
         config = make_config(**{**(config or {}), **keys})
     elif keys:
-        config = make_config(**{**config.model_dump(), **keys})
-    cls = method if isinstance(method, type) else method_class(config.method)
+        config = make_config(config, **keys)
+    cls = method_class(method if isinstance(method, type) else config.method)
 
     # ---- Data, method and checkpoint. Whatever can be wrong is noticed before the run folder is touched.
     device = distributed.start(config.device)
