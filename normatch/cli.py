@@ -239,7 +239,7 @@ def _verify(options) -> int:
     short = {"steps": 300, "batch_size": 8, "eval_every": 10, "device": "cpu"}
     if options.preset or options.config:
         short = {}
-    elif vars(options).get("method") != "supervised":
+    elif "uratio" in method_class(vars(options).get("method", "normatch")).Keys.model_fields:
         short["uratio"] = 2
     config = _config(options, out="runs/verify-resume", **short)
     from .tools.verify import verify_resume

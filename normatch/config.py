@@ -30,7 +30,6 @@ METHODS = {
     "flowgmm": "normatch.methods.flowgmm:FlowGMM",
     "scnf": "normatch.methods.scnf:SemiConditional",
 }
-FLOWS = ("flowgmm", "scnf")  # the methods that train a flow end to end, on images or tables
 
 
 def key(default, text):
@@ -159,6 +158,11 @@ def method_class(method: str | type) -> type:
     return getattr(importlib.import_module(module), name)
 
 
+def trains_flow(method: str | type) -> bool:
+    """Whether a method trains a flow end to end, on images or tables: it then has a key that names the flow."""
+    return "flow" in method_class(method).Keys.model_fields
+
+
 @cache
 def known_keys() -> dict[str, tuple[str, ...]]:
     """Every key of any method -> the methods that know it."""
@@ -211,10 +215,10 @@ def _preset(name: str) -> dict:
 def _preset_for(dataset: str, method: str | type | None) -> str:
     """The best preset for a data set and method: of both, of the data set and a similar method, or of similar data."""
     method = method or ("flowgmm" if dataset in TABLES else "normatch")
-    flows = "flow" in method.Keys.model_fields or dataset in TABLES if isinstance(method, type) else method in FLOWS
+    flows = trains_flow(method) or (isinstance(method, type) and dataset in TABLES)
     trained = {name: keys["method"] for name, keys in presets().items() if keys["dataset"] == dataset}
     exact = [name for name in trained if trained[name] == method]
-    similar = [name for name in trained if (trained[name] in FLOWS) == flows]
+    similar = [name for name in trained if trains_flow(trained[name]) == flows]
     if exact or similar:
         return (exact or similar)[0]
     return ("flowgmm-wine" if dataset in TABLES else "flowgmm-mnist-100-small") if flows else "digits"

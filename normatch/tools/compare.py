@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import FLOWS, make_config, presets, read_config
+from ..config import METHODS, make_config, presets, read_config, trains_flow
 from ..data import TABLES, Split, load_dataset, make_split, standardize
 from ..errors import UserError, nearest
 from ..training.optim import SCHEDULES
@@ -183,11 +183,11 @@ def _flow_keys(name: str) -> dict:
     A data set stands for its reduced preset if it has one, else its first, FlowGMM's before SCNF's; a table without
     any, for that of wine.
     """
-    flows = {preset: values for preset, values in presets().items() if values.get("method") in FLOWS}
+    flows = {preset: values for preset, values in presets().items() if trains_flow(values["method"])}
     if name in flows:
         return {"preset": name}
     candidates = [preset for preset, values in flows.items() if values["dataset"] == name]
-    candidates.sort(key=lambda preset: FLOWS.index(flows[preset]["method"]))
+    candidates.sort(key=lambda preset: list(METHODS).index(flows[preset]["method"]))
     if candidates:
         return {"preset": next((preset for preset in candidates if preset.endswith("-small")), candidates[0])}
     if name in TABLES:
