@@ -35,18 +35,14 @@ def read(path: str | Path, dataset: str | None = None) -> dict:
     """
     path = Path(path)
     if path.is_dir():
-        return load_checkpoint(path, chosen=True)
+        return _whole(load_checkpoint(path, chosen=True), path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint of normatch or of a published layout")
     if "normatch" in content:
-        content = upgrade(content, path)
-        missing = {"model", "ema", *FACTS} - OPTIONAL - content.keys()
-        if missing:
-            raise UserError(f"{path} is not a whole checkpoint of normatch: {min(missing)!r} is missing")
-        return content
+        return _whole(upgrade(content, path), path)
     try:
         return from_published(content, dataset)
     except UserError as error:
@@ -54,6 +50,13 @@ def read(path: str | Path, dataset: str | None = None) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # a file can hold anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} has the keys of a published layout, but not its content: {reason}") from None
+
+
+def _whole(state: dict, path) -> dict:
+    missing = {"model", "ema", *FACTS} - OPTIONAL - state.keys()
+    if missing:
+        raise UserError(f"{path} is not a whole checkpoint of normatch: {min(missing)!r} is missing")
+    return state
 
 
 def load_checkpoint(path: str | Path, chosen: bool = False) -> dict:
